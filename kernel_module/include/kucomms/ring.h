@@ -1,0 +1,535 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * THE ring: one direction of a channel. One source for the kernel module, the
+ * Python extension and C programs; it knows neither a lock nor a system call.
+ *
+ *	producer page     consumer page     data, mapped twice in a row
+ *	+----------+      +----------+      +---------------+---------------+
+ *	| position |      | position |      | frame | frame | frame | fra ...
+ *	| parked   |      | parked   |      +---------------+---------------+
+ *	| state    |      +----------+        a frame that crosses the end goes
+ *	+----------+                          on in the second mapping
+ *
+ *	            released        committed   busy          reserved
+ *	   free   |  (consumer   |  frames    | frame ...   |   free
+ *	----------+---position---+------------+-------------+-----------> bytes
+ *	          consumer       next to      the consumer  producer
+ *	          ->position     read         stops here    ->position
+ *
+ * Ordering. Every access to a word that the other side writes, and its partner:
+ *
+ *	producer				consumer
+ *	reserve(): write busy header
+ *	reserve(): release producer position -> refresh(): acquire
+ *	write data
+ *	commit(): release frame control      -> peek(): acquire
+ *						read data
+ *	refresh(): acquire                   <- release(): release consumer pos.
+ *
+ * Parking. Each side looks again after saying that it sleeps, the other looks
+ * whether it sleeps after changing something; a full barrier between the two
+ * halves of each, so that at least one sees the other:
+ *
+ *	commit(): release frame control		park(): advance epoch "parked"
+ *	must_wake(): smp_mb		<-->	park(): smp_mb
+ *	must_wake(): read epoch			park(): peek again
+ *
+ * and the same for space. The epoch says more than a flag: whoever wakes
+ * remembers for which epoch it has rung, so a burst rings once.
+ *
+ * Trust. The other side may write anything at any time into its pages. Each of
+ * its words is read once, checked against what is kept privately, then used.
+ *
+ * Threads. A consumer belongs to one thread. Of the producer, reserve(),
+ * park() and the pins want the caller's lock; commit() and discard() do not.
+ */
+#ifndef _KUCOMMS_RING_H
+#define _KUCOMMS_RING_H
+
+#include <asm/barrier.h>
+#include <linux/errno.h>
+#include <linux/kucomms.h>
+
+#define KUCOMMS_STATIC_ASSERT(name, condition) \
+	typedef char kucomms_assert_##name[(condition) ? 1 : -1] \
+	__attribute__((unused))
+
+KUCOMMS_STATIC_ASSERT(frame_size, sizeof(struct kucomms_frame) == 32);
+KUCOMMS_STATIC_ASSERT(frame_type,
+		      __builtin_offsetof(struct kucomms_frame, type) == 8);
+KUCOMMS_STATIC_ASSERT(frame_id,
+		      __builtin_offsetof(struct kucomms_frame, id) == 16);
+KUCOMMS_STATIC_ASSERT(frame_user_value,
+		      __builtin_offsetof(struct kucomms_frame, user_value) == 24);
+KUCOMMS_STATIC_ASSERT(producer_size, sizeof(struct kucomms_producer) == 264);
+KUCOMMS_STATIC_ASSERT(producer_parked,
+		      __builtin_offsetof(struct kucomms_producer, parked) == 128);
+KUCOMMS_STATIC_ASSERT(producer_state,
+		      __builtin_offsetof(struct kucomms_producer, state) == 256);
+KUCOMMS_STATIC_ASSERT(consumer_size, sizeof(struct kucomms_consumer) == 144);
+KUCOMMS_STATIC_ASSERT(consumer_parked,
+		      __builtin_offsetof(struct kucomms_consumer, parked) == 128);
+KUCOMMS_STATIC_ASSERT(geometry_size, sizeof(struct kucomms_geometry) == 128);
+
+#define KUCOMMS_HEADER_SIZE	((__u64)sizeof(struct kucomms_frame))
+
+/**
+ * struct kucomms_pin - a frame in use, whose bytes must not be given back
+ * @prev: towards older pins
+ * @next: towards newer pins
+ * @position: of the frame
+ *
+ * Pins of a ring are listed by position: they are made in that order.
+ */
+struct kucomms_pin {
+	struct kucomms_pin *prev;
+	struct kucomms_pin *next;
+	__u64 position;
+};
+
+/**
+ * struct kucomms_ring_producer - the producer's private half of a ring
+ * @own: our page
+ * @peer: the consumer's page, read-only here
+ * @data: the data, mapped twice in a row
+ * @size: of the data, a power of two
+ * @position: bytes ever reserved
+ * @consumed: the consumer's position as last seen
+ * @parked: our epoch
+ * @rung: the last of the consumer's epochs for which we rang
+ * @pins: loans that are out, or were dropped while a view of them lives
+ * @high_water: most bytes seen waiting
+ */
+struct kucomms_ring_producer {
+	struct kucomms_producer *own;
+	const struct kucomms_consumer *peer;
+	unsigned char *data;
+	__u64 size;
+	__u64 position;
+	__u64 consumed;
+	__u64 parked;
+	__u64 rung;
+	struct kucomms_pin pins;
+	__u64 high_water;
+};
+
+/**
+ * struct kucomms_ring_consumer - the consumer's private half of a ring
+ * @own: our page
+ * @peer: the producer's page, read-only here
+ * @data: the data, mapped twice in a row
+ * @size: of the data, a power of two
+ * @position: the next byte to read
+ * @published: the position last told to the producer
+ * @available: the producer's position as last seen
+ * @parked: our epoch
+ * @rung: the last of the producer's epochs for which we rang
+ * @pins: borrowed frames
+ * @high_water: most bytes seen waiting
+ * @final: the producer is gone for good: busy frames will not be committed
+ */
+struct kucomms_ring_consumer {
+	struct kucomms_consumer *own;
+	const struct kucomms_producer *peer;
+	const unsigned char *data;
+	__u64 size;
+	__u64 position;
+	__u64 published;
+	__u64 available;
+	__u64 parked;
+	__u64 rung;
+	struct kucomms_pin pins;
+	__u64 high_water;
+	int final;
+};
+
+/**
+ * struct kucomms_view - a message in place, its header copied and checked
+ * @data: in the ring; a hostile producer may change the bytes at any time
+ * @length: of the data
+ * @flags: KUCOMMS_FLAG_REPLY or 0
+ * @type: the user's
+ * @id: the user's
+ * @user_value: the user's
+ */
+struct kucomms_view {
+	const unsigned char *data;
+	__u32 length;
+	__u32 flags;
+	__u64 type;
+	__u64 id;
+	__u64 user_value;
+};
+
+/* Bytes that a message of @length takes in the ring. Cannot overflow. */
+static inline __u64 kucomms_frame_span(__u32 length)
+{
+	return (KUCOMMS_HEADER_SIZE + length + KUCOMMS_FRAME_ALIGN - 1) &
+	       ~(__u64)(KUCOMMS_FRAME_ALIGN - 1);
+}
+
+static inline __u64 kucomms_frame_control(__u32 length, __u32 flags, __u32 kind)
+{
+	return (__u64)length | (__u64)flags << 32 | (__u64)kind << 48;
+}
+
+static inline void kucomms_pins_init(struct kucomms_pin *pins)
+{
+	pins->prev = pins;
+	pins->next = pins;
+	pins->position = 0;
+}
+
+static inline void kucomms_pin_add(struct kucomms_pin *pins,
+				   struct kucomms_pin *pin, __u64 position)
+{
+	pin->position = position;
+	pin->prev = pins->prev;
+	pin->next = pins;
+	pins->prev->next = pin;
+	pins->prev = pin;
+}
+
+static inline void kucomms_pin_remove(struct kucomms_pin *pin)
+{
+	pin->prev->next = pin->next;
+	pin->next->prev = pin->prev;
+	pin->prev = pin;
+	pin->next = pin;
+}
+
+/* The oldest pinned position, or @otherwise when nothing is pinned. */
+static inline __u64 kucomms_pins_oldest(const struct kucomms_pin *pins,
+					__u64 otherwise)
+{
+	return pins->next == pins ? otherwise : pins->next->position;
+}
+
+/* ---- producer ---------------------------------------------------------- */
+
+static inline void
+kucomms_ring_producer_init(struct kucomms_ring_producer *p,
+			   struct kucomms_producer *own,
+			   const struct kucomms_consumer *peer,
+			   unsigned char *data, __u64 size)
+{
+	p->own = own;
+	p->peer = peer;
+	p->data = data;
+	p->size = size;
+	p->position = 0;
+	p->consumed = 0;
+	p->parked = 0;
+	p->rung = 0;
+	p->high_water = 0;
+	kucomms_pins_init(&p->pins);
+}
+
+/* Look where the consumer is. -EPROTO when it is where it cannot be. */
+static inline int kucomms_ring_refresh_consumed(struct kucomms_ring_producer *p)
+{
+	/* pairs with smp_store_release() in kucomms_ring_release() */
+	__u64 seen = smp_load_acquire(&p->peer->position);
+
+	if (seen & (KUCOMMS_FRAME_ALIGN - 1) ||
+	    seen - p->consumed > p->position - p->consumed)
+		return -EPROTO;
+	p->consumed = seen;
+	return 0;
+}
+
+/* Bytes that can be reserved as far as is known without looking. */
+static inline __u64 kucomms_ring_room(const struct kucomms_ring_producer *p)
+{
+	__u64 oldest = kucomms_pins_oldest(&p->pins, p->consumed);
+
+	/* A dropped loan whose view lives on may lie behind the consumer. */
+	if (oldest - p->consumed < p->position - p->consumed)
+		oldest = p->consumed;
+	return p->size - (p->position - oldest);
+}
+
+/* 0 when @span bytes can be reserved now, -EAGAIN, -EPROTO. */
+static inline int kucomms_ring_has_room(struct kucomms_ring_producer *p,
+					__u64 span)
+{
+	__u64 waiting;
+	int err;
+
+	if (span <= kucomms_ring_room(p))
+		return 0;
+	err = kucomms_ring_refresh_consumed(p);
+	if (err)
+		return err;
+	waiting = p->position - p->consumed;
+	if (waiting > p->high_water)
+		p->high_water = waiting;
+	return span <= kucomms_ring_room(p) ? 0 : -EAGAIN;
+}
+
+/**
+ * kucomms_ring_reserve - take the next bytes of the ring for a message
+ * @p: the producer, its lock held
+ * @length: bytes of data
+ * @flags: KUCOMMS_FLAG_REPLY or 0
+ * @frame: where the frame is put; type, id, user_value and data are to be
+ *	   written, then kucomms_ring_commit() or kucomms_ring_discard()
+ *
+ * Return: 0, -EAGAIN when full, -EMSGSIZE when it can never fit, -EPROTO when
+ * the consumer broke the rules.
+ */
+static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
+				       __u32 length, __u32 flags,
+				       struct kucomms_frame **frame)
+{
+	__u64 span = kucomms_frame_span(length);
+	struct kucomms_frame *f;
+	int err;
+
+	if (span > p->size)
+		return -EMSGSIZE;
+	err = kucomms_ring_has_room(p, span);
+	if (err)
+		return err;
+	f = (struct kucomms_frame *)(p->data + (p->position & (p->size - 1)));
+	WRITE_ONCE(f->control,
+		   kucomms_frame_control(length, flags | KUCOMMS_FLAG_BUSY,
+					 KUCOMMS_KIND_MESSAGE));
+	p->position += span;
+	/* pairs with smp_load_acquire() in kucomms_ring_refresh_available() */
+	smp_store_release(&p->own->position, p->position);
+	*frame = f;
+	return 0;
+}
+
+static inline void kucomms_ring_finish(struct kucomms_frame *frame,
+				       __u32 length, __u32 flags)
+{
+	/* pairs with smp_load_acquire() in kucomms_ring_peek() */
+	smp_store_release(&frame->control,
+			  kucomms_frame_control(length, flags,
+						KUCOMMS_KIND_MESSAGE));
+}
+
+/* Make a reserved frame a message. Then ask kucomms_ring_wake_consumer(). */
+static inline void kucomms_ring_commit(struct kucomms_frame *frame,
+				       __u32 length, __u32 flags)
+{
+	kucomms_ring_finish(frame, length, flags);
+}
+
+/* Drop a reserved frame; the consumer skips it. Then ask as after a commit. */
+static inline void kucomms_ring_discard(struct kucomms_frame *frame,
+					__u32 length)
+{
+	kucomms_ring_finish(frame, length, KUCOMMS_FLAG_DISCARD);
+}
+
+/**
+ * kucomms_ring_wake_consumer - must the consumer's doorbell be rung?
+ * @p: the producer, after one or many commits
+ *
+ * Two senders at once may both be told to ring: one bell too many, never one
+ * too few.
+ */
+static inline int kucomms_ring_wake_consumer(struct kucomms_ring_producer *p)
+{
+	__u64 epoch;
+
+	/* pairs with smp_mb() in kucomms_ring_park_for_data() */
+	smp_mb();
+	epoch = READ_ONCE(p->peer->parked);
+	if (epoch == READ_ONCE(p->rung))
+		return 0;
+	WRITE_ONCE(p->rung, epoch);
+	return 1;
+}
+
+/**
+ * kucomms_ring_park_for_space - say that the producer sleeps until space comes
+ * @p: the producer, its lock held
+ * @span: bytes that are wanted
+ *
+ * Return: 0 when it may sleep, 1 when there is room (or something is wrong)
+ * and it must try again instead.
+ */
+static inline int kucomms_ring_park_for_space(struct kucomms_ring_producer *p,
+					      __u64 span)
+{
+	WRITE_ONCE(p->own->parked, ++p->parked);
+	/* pairs with smp_mb() in kucomms_ring_wake_producer() */
+	smp_mb();
+	return kucomms_ring_has_room(p, span) != -EAGAIN;
+}
+
+/* Say that nothing more will be committed. The bell is to be rung after it. */
+static inline void kucomms_ring_set_state(struct kucomms_ring_producer *p,
+					  __u32 state)
+{
+	/* pairs with smp_load_acquire() in kucomms_ring_peer_state() */
+	smp_store_release(&p->own->state, state);
+}
+
+/* ---- consumer ---------------------------------------------------------- */
+
+static inline void
+kucomms_ring_consumer_init(struct kucomms_ring_consumer *c,
+			   struct kucomms_consumer *own,
+			   const struct kucomms_producer *peer,
+			   const unsigned char *data, __u64 size)
+{
+	c->own = own;
+	c->peer = peer;
+	c->data = data;
+	c->size = size;
+	c->position = 0;
+	c->published = 0;
+	c->available = 0;
+	c->parked = 0;
+	c->rung = 0;
+	c->high_water = 0;
+	c->final = 0;
+	kucomms_pins_init(&c->pins);
+}
+
+/* KUCOMMS_STATE_* of the producer; what it committed before is visible then. */
+static inline __u32
+kucomms_ring_peer_state(const struct kucomms_ring_consumer *c)
+{
+	/* pairs with smp_store_release() in kucomms_ring_set_state() */
+	return smp_load_acquire(&c->peer->state);
+}
+
+/* Look how far the producer is. -EPROTO when it is where it cannot be. */
+static inline int
+kucomms_ring_refresh_available(struct kucomms_ring_consumer *c)
+{
+	/* pairs with smp_store_release() in kucomms_ring_reserve() */
+	__u64 seen = smp_load_acquire(&c->peer->position);
+
+	if (seen & (KUCOMMS_FRAME_ALIGN - 1) || seen - c->published > c->size ||
+	    seen - c->published < c->available - c->published)
+		return -EPROTO;
+	c->available = seen;
+	if (seen - c->position > c->high_water)
+		c->high_water = seen - c->position;
+	return 0;
+}
+
+/**
+ * kucomms_ring_peek - look at the next message
+ * @c: the consumer
+ * @view: filled in; valid until kucomms_ring_release() has passed it
+ *
+ * Skips what was discarded, looks at the producer's position at most once.
+ *
+ * Return: 0, -EAGAIN when there is none yet, -EPROTO when the producer broke
+ * the rules.
+ */
+static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
+				    struct kucomms_view *view)
+{
+	const struct kucomms_frame *frame;
+	int refreshed = 0;
+	__u64 control;
+	__u64 span;
+	__u32 flags;
+	int err;
+
+	for (;;) {
+		if (c->position == c->available) {
+			if (refreshed)
+				return -EAGAIN;
+			err = kucomms_ring_refresh_available(c);
+			if (err)
+				return err;
+			if (c->position == c->available)
+				return -EAGAIN;
+			refreshed = 1;
+		}
+		frame = (const struct kucomms_frame *)
+			(c->data + (c->position & (c->size - 1)));
+		/* pairs with smp_store_release() in kucomms_ring_finish() */
+		control = smp_load_acquire(&frame->control);
+		span = kucomms_frame_span((__u32)control);
+		flags = (__u32)(control >> 32) & 0xffff;
+		if (span > c->available - c->position ||
+		    flags & ~(__u32)KUCOMMS_FLAGS ||
+		    control >> 48 != KUCOMMS_KIND_MESSAGE)
+			return -EPROTO;
+		if (flags & KUCOMMS_FLAG_BUSY && !c->final)
+			return -EAGAIN;
+		if (!(flags & (KUCOMMS_FLAG_BUSY | KUCOMMS_FLAG_DISCARD)))
+			break;
+		c->position += span;
+	}
+	view->data = (const unsigned char *)(frame + 1);
+	view->length = (__u32)control;
+	view->flags = flags;
+	view->type = READ_ONCE(frame->type);
+	view->id = READ_ONCE(frame->id);
+	view->user_value = READ_ONCE(frame->user_value);
+	return 0;
+}
+
+/* Go on to the next message. The bytes stay ours until they are released. */
+static inline void kucomms_ring_advance(struct kucomms_ring_consumer *c,
+					const struct kucomms_view *view)
+{
+	c->position += kucomms_frame_span(view->length);
+}
+
+/* Keep the message at the front beyond kucomms_ring_release(), and go on. */
+static inline void kucomms_ring_borrow(struct kucomms_ring_consumer *c,
+				       const struct kucomms_view *view,
+				       struct kucomms_pin *pin)
+{
+	kucomms_pin_add(&c->pins, pin, c->position);
+	kucomms_ring_advance(c, view);
+}
+
+/**
+ * kucomms_ring_release - give back the bytes that were read and are not pinned
+ * @c: the consumer
+ *
+ * Return: 1 when the producer's doorbell must be rung, else 0.
+ */
+static inline int kucomms_ring_release(struct kucomms_ring_consumer *c)
+{
+	__u64 upto = kucomms_pins_oldest(&c->pins, c->position);
+	__u64 epoch;
+
+	if (upto == c->published)
+		return 0;
+	c->published = upto;
+	/* pairs with smp_load_acquire() in kucomms_ring_refresh_consumed() */
+	smp_store_release(&c->own->position, upto);
+	/* pairs with smp_mb() in kucomms_ring_park_for_space() */
+	smp_mb();
+	epoch = READ_ONCE(c->peer->parked);
+	if (epoch == c->rung)
+		return 0;
+	c->rung = epoch;
+	return 1;
+}
+
+/**
+ * kucomms_ring_park_for_data - say that the consumer sleeps until data comes
+ * @c: the consumer
+ *
+ * Return: 0 when it may sleep, 1 when there is a message (or something is
+ * wrong) and it must look instead.
+ */
+static inline int kucomms_ring_park_for_data(struct kucomms_ring_consumer *c)
+{
+	__u64 before = c->position;
+	struct kucomms_view view;
+
+	WRITE_ONCE(c->own->parked, ++c->parked);
+	/* pairs with smp_mb() in kucomms_ring_wake_consumer() */
+	smp_mb();
+	/* What was skipped must be released before sleeping, too. */
+	return kucomms_ring_peek(c, &view) != -EAGAIN || c->position != before;
+}
+
+#endif /* _KUCOMMS_RING_H */

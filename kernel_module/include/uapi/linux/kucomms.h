@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR MIT */
+/*
+ * The ABI of kucomms: what two sides of a channel see in shared memory.
+ *
+ * A channel has two sides, 0 and 1. Each side owns one run of pages, which it
+ * alone writes and the other side only reads:
+ *
+ *	offset 0	struct kucomms_geometry	(written once, before sharing)
+ *	+ 1 page	struct kucomms_producer	(of the ring in which it sends)
+ *	+ 2 pages	struct kucomms_consumer	(of the ring in which it receives)
+ *	+ 3 pages	data			(of the ring in which it sends)
+ *
+ * so the two rings of a channel are (side 0's producer and data, side 1's
+ * consumer) and the same with the sides exchanged.
+ */
+#ifndef _UAPI_LINUX_KUCOMMS_H
+#define _UAPI_LINUX_KUCOMMS_H
+
+#include <linux/types.h>
+
+#define KUCOMMS_MAGIC		0x736d6d6f63756bULL	/* "kucomms", little endian */
+#define KUCOMMS_ABI_VERSION	1
+
+/* Feature bits of an ABI version: none yet. An unknown bit is refused. */
+#define KUCOMMS_FEATURES	0ULL
+
+#define KUCOMMS_NAME_MAX	48	/* characters in the NAME of a URL */
+#define KUCOMMS_HELLO_MAX	64	/* bytes of the user's hello blob */
+#define KUCOMMS_CONTROL_PAGES	3	/* pages of a side before its data */
+#define KUCOMMS_FRAME_ALIGN	8
+
+/* Flags of a frame. A bit that is not named here is refused. */
+#define KUCOMMS_FLAG_BUSY	0x0001	/* reserved, not committed yet */
+#define KUCOMMS_FLAG_DISCARD	0x0002	/* to be skipped by the consumer */
+#define KUCOMMS_FLAG_REPLY	0x0004	/* answers the request of the same id */
+#define KUCOMMS_FLAGS		0x0007
+
+/* Kinds of frame. Only messages exist in ABI version 1. */
+#define KUCOMMS_KIND_MESSAGE	0
+#define KUCOMMS_KIND_CONTROL	1
+#define KUCOMMS_KIND_BUFFER	2
+
+/* What a side says of itself in its producer page. It never goes back. */
+#define KUCOMMS_STATE_OPEN	0
+#define KUCOMMS_STATE_CLOSED	1	/* closed in order, all is committed */
+#define KUCOMMS_STATE_SHUTDOWN	2	/* as CLOSED: the module goes away */
+
+/**
+ * struct kucomms_frame - the header of a message in the ring
+ * @control: length in bits 0..31, flags in 32..47, kind in 48..55, zero in
+ *	     56..63. One word, so that it is read and written in one access.
+ * @type: the user's, no value reserved
+ * @id: the user's, no value reserved
+ * @user_value: the user's, no value reserved
+ *
+ * The data follows; the next frame begins at the next multiple of 8 bytes.
+ */
+struct kucomms_frame {
+	__u64 control;
+	__u64 type;
+	__u64 id;
+	__u64 user_value;
+};
+
+/**
+ * struct kucomms_producer - what the producer of a ring tells its consumer
+ * @position: bytes ever reserved; only grows, masked on use
+ * @parked: "parked for space" epoch, advanced each time before sleeping
+ * @state: KUCOMMS_STATE_*
+ *
+ * The words are on lines of their own: position changes with each message,
+ * parked only when the producer goes to sleep.
+ */
+struct kucomms_producer {
+	__u64 position;
+	__u64 reserved0[15];
+	__u64 parked;
+	__u64 reserved1[15];
+	__u32 state;
+	__u32 reserved2;
+};
+
+/**
+ * struct kucomms_consumer - what the consumer of a ring tells its producer
+ * @position: bytes ever released; only grows, masked on use
+ * @parked: "parked for data" epoch, advanced each time before sleeping
+ */
+struct kucomms_consumer {
+	__u64 position;
+	__u64 reserved0[15];
+	__u64 parked;
+	__u64 reserved1;
+};
+
+/**
+ * struct kucomms_geometry - the first page of a side
+ * @magic: KUCOMMS_MAGIC
+ * @version: KUCOMMS_ABI_VERSION
+ * @side: 0 or 1: whose pages these are
+ * @features: feature bits in force
+ * @page_size: bytes of a page here
+ * @ring_size: bytes of the data area, a power of two, at least a page
+ * @producer_offset: of struct kucomms_producer, from the side's start
+ * @consumer_offset: of struct kucomms_consumer
+ * @data_offset: of the data
+ * @frame_size: sizeof(struct kucomms_frame)
+ * @reserved: zero
+ */
+struct kucomms_geometry {
+	__u64 magic;
+	__u32 version;
+	__u32 side;
+	__u64 features;
+	__u64 page_size;
+	__u64 ring_size;
+	__u64 producer_offset;
+	__u64 consumer_offset;
+	__u64 data_offset;
+	__u64 frame_size;
+	__u64 reserved[7];
+};
+
+#endif /* _UAPI_LINUX_KUCOMMS_H */

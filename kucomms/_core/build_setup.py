@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Builds kucomms._core._setup: what happens once per link, through cffi.
+
+These calls drop the GIL: mapping, creating shared memory, polling. What runs
+per message is in _ring.c.
+"""
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+INCLUDE = HERE.parent / "include"
+
+ffi = FFI()
+
+ffi.cdef("""
+    #define KUCOMMS_MAGIC ...
+    #define KUCOMMS_ABI_VERSION ...
+    #define KUCOMMS_FEATURES ...
+    #define KUCOMMS_NAME_MAX ...
+    #define KUCOMMS_HELLO_MAX ...
+    #define KUCOMMS_STEP_HELLO ...
+    #define KUCOMMS_STEP_SETUP ...
+    #define KUCOMMS_STEP_ATTACH ...
+    #define KUCOMMS_SEALED ...
+    #define KUCOMMS_DOORBELL ...
+    #define KUCOMMS_ACCEPTED ...
+    #define KUCOMMS_REFUSED_BUSY ...
+    #define KUCOMMS_REFUSED_VERSION ...
+    #define KUCOMMS_REFUSED_MEMORY ...
+
+    struct kucomms_rendezvous {
+        uint64_t magic;
+        uint32_t version;
+        uint32_t step;
+        uint64_t features;
+        uint64_t ring_size;
+        uint32_t status;
+        uint32_t flags;
+        uint32_t hello_length;
+        uint32_t reserved;
+        uint8_t hello[64];
+    };
+
+    struct kucomms_channel { ...; };
+
+    uint64_t kucomms_ring_size(uint64_t asked);
+    uint64_t kucomms_side_size(uint64_t ring_size);
+    uint64_t kucomms_message_max(uint64_t ring_size);
+
+    int setup_shm_create(const char *name);
+    int setup_shm_unlink(const char *name);
+    struct kucomms_channel *setup_channel_new(uint32_t own, uint64_t ring_size,
+                                              int fd, uint64_t offset, int *err);
+    int kucomms_channel_attach(struct kucomms_channel *channel, int fd,
+                               uint64_t offset);
+    void setup_channel_free(struct kucomms_channel *channel);
+    int kucomms_channels_poll(struct kucomms_channel *const *channels,
+                              unsigned int count, uint64_t nanoseconds);
+""")
+
+ffi.set_source(
+    "kucomms._core._setup",
+    r"""
+    #include <fcntl.h>
+    #include <stdlib.h>
+    #include <sys/stat.h>
+    #include <kucomms/channel.h>
+    #include <kucomms/rendezvous.h>
+
+    /* A new object, 0600, closed on exec. Return: descriptor or -errno. */
+    static int setup_shm_create(const char *name)
+    {
+        int fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+        return fd < 0 ? -errno : fd;
+    }
+
+    static int setup_shm_unlink(const char *name)
+    {
+        return shm_unlink(name) ? -errno : 0;
+    }
+
+    static struct kucomms_channel *
+    setup_channel_new(uint32_t own, uint64_t ring_size, int fd,
+                      uint64_t offset, int *err)
+    {
+        struct kucomms_channel *channel = malloc(sizeof(*channel));
+
+        if (!channel) {
+            *err = -ENOMEM;
+            return NULL;
+        }
+        *err = kucomms_channel_init(channel, own, ring_size, fd, offset);
+        if (*err) {
+            free(channel);
+            return NULL;
+        }
+        return channel;
+    }
+
+    static void setup_channel_free(struct kucomms_channel *channel)
+    {
+        kucomms_channel_destroy(channel);
+        free(channel);
+    }
+    """,
+    include_dirs=[str(INCLUDE)],
+    depends=[str(path) for path in sorted(INCLUDE.rglob("*.h"))],
+    extra_compile_args=["-std=gnu11", "-Wall", "-Wextra"],
+    py_limited_api=True,
+)
+
+if __name__ == "__main__":
+    ffi.compile(verbose=True)

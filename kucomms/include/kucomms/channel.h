@@ -1,0 +1,515 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * A channel in user space: two rings over mapped files, and a lock.
+ *
+ * The same code runs inside the Python extension and in C programs (through
+ * client.h). It makes no system call but for mapping; who rings the doorbell
+ * and who waits for it is the caller's part.
+ *
+ * Threads: the sending functions may be called by any number of threads at
+ * once. The receiving functions belong to one thread at a time.
+ */
+#ifndef _KUCOMMS_CHANNEL_H
+#define _KUCOMMS_CHANNEL_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <kucomms/ring.h>
+
+#define KUCOMMS_RING_MAX	(1ULL << 32)	/* a length is 32 bits */
+
+/* The pages of one side, as this process sees them. */
+struct kucomms_side {
+	unsigned char *control;	/* KUCOMMS_CONTROL_PAGES pages */
+	unsigned char *data;	/* twice ring_size bytes */
+};
+
+struct kucomms_channel {
+	struct kucomms_ring_producer tx;
+	struct kucomms_ring_consumer rx;
+	pthread_mutex_t lock;		/* of tx; leaf, held for no system call */
+	struct kucomms_side side[2];
+	uint64_t ring_size;
+	uint64_t page_size;
+	uint32_t own;			/* our side: 0 or 1 */
+	/* counters: sent under the lock, received by the consumer's thread */
+	uint64_t messages_sent;
+	uint64_t bytes_sent;
+	uint64_t messages_received;
+	uint64_t bytes_received;
+	uint64_t full_waits;
+	uint64_t publishes;		/* times the consumer might have slept */
+	uint64_t releases;		/* times the producer might have slept */
+	uint64_t doorbells_rung;	/* atomic: any thread */
+	uint64_t protocol_errors;	/* atomic: any thread */
+};
+
+static inline uint64_t kucomms_page_size(void)
+{
+	return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* @asked rounded up to a power of two of at least a page; 0 if too large. */
+static inline uint64_t kucomms_ring_size(uint64_t asked)
+{
+	uint64_t size = kucomms_page_size();
+
+	if (asked > KUCOMMS_RING_MAX)
+		return 0;
+	while (size < asked)
+		size <<= 1;
+	return size;
+}
+
+/* Bytes of one side's pages in its file. */
+static inline uint64_t kucomms_side_size(uint64_t ring_size)
+{
+	return KUCOMMS_CONTROL_PAGES * kucomms_page_size() + ring_size;
+}
+
+/* Largest message of a ring. */
+static inline uint64_t kucomms_message_max(uint64_t ring_size)
+{
+	uint64_t most = ring_size - KUCOMMS_HEADER_SIZE;
+
+	return most > UINT32_MAX ? UINT32_MAX : most;
+}
+
+static inline void kucomms_side_unmap(struct kucomms_side *side,
+				      uint64_t ring_size)
+{
+	if (side->control)
+		munmap(side->control,
+		       KUCOMMS_CONTROL_PAGES * kucomms_page_size());
+	if (side->data)
+		munmap(side->data, 2 * ring_size);
+	side->control = NULL;
+	side->data = NULL;
+}
+
+/*
+ * Map one side's pages out of @fd, the data twice in a row. Children do not
+ * inherit the mapping. Return: 0 or -errno.
+ */
+static inline int kucomms_side_map(struct kucomms_side *side, int fd,
+				   uint64_t offset, uint64_t ring_size,
+				   int writable)
+{
+	uint64_t control = KUCOMMS_CONTROL_PAGES * kucomms_page_size();
+	int protection = PROT_READ | (writable ? PROT_WRITE : 0);
+	int half, err;
+	void *at;
+
+	side->control = NULL;
+	side->data = NULL;
+	at = mmap(NULL, control, protection, MAP_SHARED, fd, (off_t)offset);
+	if (at == MAP_FAILED)
+		goto err_errno;
+	side->control = (unsigned char *)at;
+	at = mmap(NULL, 2 * ring_size, PROT_NONE,
+		  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (at == MAP_FAILED)
+		goto err_errno;
+	side->data = (unsigned char *)at;
+	for (half = 0; half < 2; half++) {
+		at = mmap(side->data + half * ring_size, ring_size, protection,
+			  MAP_SHARED | MAP_FIXED, fd,
+			  (off_t)(offset + control));
+		if (at == MAP_FAILED)
+			goto err_errno;
+	}
+	if (madvise(side->control, control, MADV_DONTFORK) ||
+	    madvise(side->data, 2 * ring_size, MADV_DONTFORK))
+		goto err_errno;
+	return 0;
+
+err_errno:
+	err = -errno;
+	kucomms_side_unmap(side, ring_size);
+	return err;
+}
+
+static inline void kucomms_geometry_fill(struct kucomms_geometry *geometry,
+					 uint32_t side, uint64_t ring_size)
+{
+	uint64_t page = kucomms_page_size();
+
+	memset(geometry, 0, sizeof(*geometry));
+	geometry->magic = KUCOMMS_MAGIC;
+	geometry->version = KUCOMMS_ABI_VERSION;
+	geometry->side = side;
+	geometry->features = KUCOMMS_FEATURES;
+	geometry->page_size = page;
+	geometry->ring_size = ring_size;
+	geometry->producer_offset = page;
+	geometry->consumer_offset = 2 * page;
+	geometry->data_offset = KUCOMMS_CONTROL_PAGES * page;
+	geometry->frame_size = KUCOMMS_HEADER_SIZE;
+}
+
+/*
+ * Is this the geometry that was agreed on? Return: 0, -EPROTO when it is not a
+ * kucomms channel of this size, -EPROTONOSUPPORT when it is one of a version or
+ * with features that we do not know.
+ */
+static inline int kucomms_geometry_check(const struct kucomms_geometry *shared,
+					 uint32_t side, uint64_t ring_size)
+{
+	struct kucomms_geometry expected, seen;
+
+	memcpy(&seen, shared, sizeof(seen));	/* once: the peer may write it */
+	kucomms_geometry_fill(&expected, side, ring_size);
+	if (seen.magic != expected.magic)
+		return -EPROTO;
+	if (seen.version != expected.version ||
+	    seen.features & ~expected.features)
+		return -EPROTONOSUPPORT;
+	return memcmp(&seen, &expected, sizeof(seen)) ? -EPROTO : 0;
+}
+
+static inline void kucomms_channel_unmap(struct kucomms_channel *channel)
+{
+	kucomms_side_unmap(&channel->side[0], channel->ring_size);
+	kucomms_side_unmap(&channel->side[1], channel->ring_size);
+}
+
+static inline void kucomms_channel_destroy(struct kucomms_channel *channel)
+{
+	kucomms_channel_unmap(channel);
+	pthread_mutex_destroy(&channel->lock);
+}
+
+/*
+ * First half of setting up: map our own side and say what it is. @ring_size is
+ * as kucomms_ring_size() gave it. Return: 0 or -errno.
+ */
+static inline int kucomms_channel_init(struct kucomms_channel *channel,
+				       uint32_t own, uint64_t ring_size,
+				       int fd, uint64_t offset)
+{
+	int err;
+
+	memset(channel, 0, sizeof(*channel));
+	channel->own = own;
+	channel->ring_size = ring_size;
+	channel->page_size = kucomms_page_size();
+	err = kucomms_side_map(&channel->side[own], fd, offset, ring_size, 1);
+	if (err)
+		return err;
+	kucomms_geometry_fill((struct kucomms_geometry *)
+			      channel->side[own].control, own, ring_size);
+	err = -pthread_mutex_init(&channel->lock, NULL);
+	if (err)
+		kucomms_channel_unmap(channel);
+	return err;
+}
+
+/*
+ * Second half: map the peer's side, which we cannot write, and check it.
+ * Return: 0, -EPROTO, -EPROTONOSUPPORT or -errno.
+ */
+static inline int kucomms_channel_attach(struct kucomms_channel *channel,
+					 int fd, uint64_t offset)
+{
+	struct kucomms_side *own = &channel->side[channel->own];
+	struct kucomms_side *peer = &channel->side[!channel->own];
+	uint64_t page = channel->page_size;
+	int err;
+
+	err = kucomms_side_map(peer, fd, offset, channel->ring_size, 0);
+	if (err)
+		return err;
+	err = kucomms_geometry_check((const struct kucomms_geometry *)
+				     peer->control, !channel->own,
+				     channel->ring_size);
+	if (err) {
+		kucomms_side_unmap(peer, channel->ring_size);
+		return err;
+	}
+	kucomms_ring_producer_init(&channel->tx,
+				   (struct kucomms_producer *)
+				   (own->control + page),
+				   (const struct kucomms_consumer *)
+				   (peer->control + 2 * page),
+				   own->data, channel->ring_size);
+	kucomms_ring_consumer_init(&channel->rx,
+				   (struct kucomms_consumer *)
+				   (own->control + 2 * page),
+				   (const struct kucomms_producer *)
+				   (peer->control + page),
+				   peer->data, channel->ring_size);
+	return 0;
+}
+
+static inline int kucomms_channel_fault(struct kucomms_channel *channel,
+					int err)
+{
+	if (err == -EPROTO)
+		__atomic_fetch_add(&channel->protocol_errors, 1,
+				   __ATOMIC_RELAXED);
+	return err;
+}
+
+static inline int kucomms_channel_rang(struct kucomms_channel *channel,
+				       int must_ring)
+{
+	if (must_ring)
+		__atomic_fetch_add(&channel->doorbells_rung, 1,
+				   __ATOMIC_RELAXED);
+	return must_ring;
+}
+
+/* ---- sending ------------------------------------------------------------ */
+
+/*
+ * Take room for a message: any thread. With @pin the bytes are not used again
+ * before kucomms_channel_unpin_tx(). Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO.
+ */
+static inline int kucomms_channel_reserve(struct kucomms_channel *channel,
+					  uint32_t length, uint32_t flags,
+					  struct kucomms_frame **frame,
+					  struct kucomms_pin *pin)
+{
+	int err;
+
+	pthread_mutex_lock(&channel->lock);
+	err = kucomms_ring_reserve(&channel->tx, length, flags, frame);
+	if (err) {
+		if (err == -EAGAIN)
+			channel->full_waits++;
+	} else {
+		if (pin)
+			kucomms_pin_add(&channel->tx.pins, pin,
+					channel->tx.position -
+					kucomms_frame_span(length));
+		channel->messages_sent++;
+		channel->bytes_sent += length;
+	}
+	pthread_mutex_unlock(&channel->lock);
+	return kucomms_channel_fault(channel, err);
+}
+
+/* The consumer may have to be woken for what was committed: 1, else 0. */
+static inline int kucomms_channel_publish(struct kucomms_channel *channel)
+{
+	__atomic_fetch_add(&channel->publishes, 1, __ATOMIC_RELAXED);
+	return kucomms_channel_rang(channel,
+				    kucomms_ring_wake_consumer(&channel->tx));
+}
+
+/*
+ * Copy a message into the ring and commit it, without asking for the doorbell.
+ * Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO.
+ */
+static inline int kucomms_channel_put(struct kucomms_channel *channel,
+				      const void *data, uint32_t length,
+				      uint32_t flags, uint64_t type,
+				      uint64_t id, uint64_t user_value)
+{
+	struct kucomms_frame *frame;
+	int err;
+
+	err = kucomms_channel_reserve(channel, length, flags, &frame, NULL);
+	if (err)
+		return err;
+	frame->type = type;
+	frame->id = id;
+	frame->user_value = user_value;
+	if (length)
+		memcpy(frame + 1, data, length);
+	kucomms_ring_commit(frame, length, flags);
+	return 0;
+}
+
+/* Send: any thread. Return: 1 ring the doorbell, 0 sent, or as above. */
+static inline int kucomms_channel_send(struct kucomms_channel *channel,
+				       const void *data, uint32_t length,
+				       uint32_t flags, uint64_t type,
+				       uint64_t id, uint64_t user_value)
+{
+	int err = kucomms_channel_put(channel, data, length, flags, type, id,
+				      user_value);
+
+	return err ? err : kucomms_channel_publish(channel);
+}
+
+/* Drop a reserved message. Return: 1 ring the doorbell, else 0. */
+static inline int kucomms_channel_discard(struct kucomms_channel *channel,
+					  struct kucomms_frame *frame,
+					  uint32_t length)
+{
+	pthread_mutex_lock(&channel->lock);
+	channel->messages_sent--;
+	channel->bytes_sent -= length;
+	pthread_mutex_unlock(&channel->lock);
+	kucomms_ring_discard(frame, length);
+	return kucomms_channel_publish(channel);
+}
+
+static inline void kucomms_channel_unpin_tx(struct kucomms_channel *channel,
+					    struct kucomms_pin *pin)
+{
+	pthread_mutex_lock(&channel->lock);
+	kucomms_pin_remove(pin);
+	pthread_mutex_unlock(&channel->lock);
+}
+
+/* Before sleeping until @length bytes can be sent: 1 try again, 0 sleep. */
+static inline int kucomms_channel_park_tx(struct kucomms_channel *channel,
+					  uint32_t length)
+{
+	int again;
+
+	pthread_mutex_lock(&channel->lock);
+	again = kucomms_ring_park_for_space(&channel->tx,
+					    kucomms_frame_span(length));
+	pthread_mutex_unlock(&channel->lock);
+	return again;
+}
+
+/* Bytes that were sent and not yet released by the peer. */
+static inline uint64_t kucomms_channel_tx_avail(struct kucomms_channel *channel)
+{
+	uint64_t waiting;
+
+	pthread_mutex_lock(&channel->lock);
+	kucomms_ring_refresh_consumed(&channel->tx);
+	waiting = channel->tx.position - channel->tx.consumed;
+	if (waiting > channel->tx.high_water)
+		channel->tx.high_water = waiting;
+	pthread_mutex_unlock(&channel->lock);
+	return waiting;
+}
+
+/* Bytes, headers included, that can be sent now. */
+static inline uint64_t kucomms_channel_tx_free(struct kucomms_channel *channel)
+{
+	uint64_t room;
+
+	pthread_mutex_lock(&channel->lock);
+	kucomms_ring_refresh_consumed(&channel->tx);
+	room = kucomms_ring_room(&channel->tx);
+	pthread_mutex_unlock(&channel->lock);
+	return room;
+}
+
+/* ---- receiving ---------------------------------------------------------- */
+
+/* Look at the next message: 0, -EAGAIN, -EPROTO. */
+static inline int kucomms_channel_peek(struct kucomms_channel *channel,
+				       struct kucomms_view *view)
+{
+	return kucomms_channel_fault(channel,
+				     kucomms_ring_peek(&channel->rx, view));
+}
+
+static inline void kucomms_channel_count_rx(struct kucomms_channel *channel,
+					    const struct kucomms_view *view)
+{
+	channel->messages_received++;
+	channel->bytes_received += view->length;
+}
+
+/* Done with the message that was looked at. */
+static inline void kucomms_channel_advance(struct kucomms_channel *channel,
+					   const struct kucomms_view *view)
+{
+	kucomms_channel_count_rx(channel, view);
+	kucomms_ring_advance(&channel->rx, view);
+}
+
+/* As advance, but the bytes stay until kucomms_channel_unpin_rx(). */
+static inline void kucomms_channel_borrow(struct kucomms_channel *channel,
+					  const struct kucomms_view *view,
+					  struct kucomms_pin *pin)
+{
+	kucomms_channel_count_rx(channel, view);
+	kucomms_ring_borrow(&channel->rx, view, pin);
+}
+
+/* Give back what was read: 1 ring the doorbell, else 0. */
+static inline int kucomms_channel_release(struct kucomms_channel *channel)
+{
+	channel->releases++;
+	return kucomms_channel_rang(channel,
+				    kucomms_ring_release(&channel->rx));
+}
+
+static inline void kucomms_channel_unpin_rx(struct kucomms_pin *pin)
+{
+	kucomms_pin_remove(pin);
+}
+
+/* Before sleeping until a message comes: 1 look again, 0 sleep. */
+static inline int kucomms_channel_park_rx(struct kucomms_channel *channel)
+{
+	return kucomms_ring_park_for_data(&channel->rx);
+}
+
+/* Bytes, headers included, that wait to be read; 0 when that is nonsense. */
+static inline uint64_t kucomms_channel_rx_avail(struct kucomms_channel *channel)
+{
+	kucomms_ring_refresh_available(&channel->rx);
+	return channel->rx.available - channel->rx.position;
+}
+
+/* ---- closing ------------------------------------------------------------ */
+
+/* Tell the peer that nothing more comes. Ring the doorbell after it. */
+static inline void kucomms_channel_close(struct kucomms_channel *channel,
+					 uint32_t state)
+{
+	kucomms_ring_set_state(&channel->tx, state);
+}
+
+/* ---- polling ------------------------------------------------------------ */
+
+static inline void kucomms_cpu_relax(void)
+{
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ __volatile__("yield" ::: "memory");
+#endif
+}
+
+/*
+ * Spin until one of @count channels has something to read (or is in error), at
+ * most @nanoseconds. Return: 1 when there is something, else 0.
+ */
+static inline int kucomms_channels_poll(struct kucomms_channel *const *channels,
+					unsigned int count,
+					uint64_t nanoseconds)
+{
+	struct timespec now;
+	uint64_t end = 0, at;
+	unsigned int i, round;
+
+	for (;;) {
+		for (round = 0; round < 32; round++) {
+			for (i = 0; i < count; i++) {
+				const struct kucomms_ring_consumer *rx =
+					&channels[i]->rx;
+
+				if (READ_ONCE(rx->peer->position) !=
+				    rx->position)
+					return 1;
+			}
+			kucomms_cpu_relax();
+		}
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		at = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+		if (!end)
+			end = at + nanoseconds;
+		else if (at >= end)
+			return 0;
+	}
+}
+
+#endif /* _KUCOMMS_CHANNEL_H */

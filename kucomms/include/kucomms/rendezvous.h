@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * How two processes meet for a shm:// link: three records of fixed size over a
+ * Unix stream socket, each answering the one before, with file descriptors
+ * passed along (SCM_RIGHTS).
+ *
+ *	connecting side				listening side
+ *	HELLO   version, ring size wanted   ->
+ *					    <-	SETUP   status, ring size agreed on,
+ *						        + file of the memory
+ *	ATTACH  (+ file of our own pages    ->
+ *		when KUCOMMS_SEALED)
+ *
+ * Without KUCOMMS_SEALED the file holds both sides' pages, the listener's (side
+ * 0) first. With it each side brings a file of its own pages, sealed against
+ * shrinking, growing and writing by others.
+ *
+ * After ATTACH each byte on the socket is a doorbell, KUCOMMS_DOORBELL, and
+ * nothing else is allowed. End of file means that the peer is gone; whether in
+ * order says the state in its producer page.
+ */
+#ifndef _KUCOMMS_RENDEZVOUS_H
+#define _KUCOMMS_RENDEZVOUS_H
+
+#include <kucomms/ring.h>
+
+#define KUCOMMS_STEP_HELLO	1
+#define KUCOMMS_STEP_SETUP	2
+#define KUCOMMS_STEP_ATTACH	3
+
+#define KUCOMMS_SEALED		1	/* flag in SETUP */
+#define KUCOMMS_DOORBELL	1
+
+/* Status in SETUP. */
+#define KUCOMMS_ACCEPTED	0
+#define KUCOMMS_REFUSED_BUSY	1	/* the listener has all the links it takes */
+#define KUCOMMS_REFUSED_VERSION	2	/* unknown ABI version or feature */
+#define KUCOMMS_REFUSED_MEMORY	3	/* no memory for the rings */
+
+/**
+ * struct kucomms_rendezvous - one record
+ * @magic: KUCOMMS_MAGIC
+ * @version: KUCOMMS_ABI_VERSION
+ * @step: KUCOMMS_STEP_*
+ * @features: feature bits wanted, then agreed on
+ * @ring_size: bytes wanted (0: the listener's default), then agreed on
+ * @status: in SETUP: KUCOMMS_ACCEPTED or KUCOMMS_REFUSED_*
+ * @flags: in SETUP: KUCOMMS_SEALED or 0
+ * @hello_length: bytes of @hello in use
+ * @reserved: zero
+ * @hello: the user's, in HELLO and SETUP
+ */
+struct kucomms_rendezvous {
+	__u64 magic;
+	__u32 version;
+	__u32 step;
+	__u64 features;
+	__u64 ring_size;
+	__u32 status;
+	__u32 flags;
+	__u32 hello_length;
+	__u32 reserved;
+	__u8 hello[KUCOMMS_HELLO_MAX];
+};
+
+KUCOMMS_STATIC_ASSERT(rendezvous_size, sizeof(struct kucomms_rendezvous) == 112);
+
+#endif /* _KUCOMMS_RENDEZVOUS_H */

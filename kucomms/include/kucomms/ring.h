@@ -1,0 +1,1 @@
+../../../kernel_module/include/kucomms/ring.h

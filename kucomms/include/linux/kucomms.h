@@ -1,0 +1,1 @@
+../../../kernel_module/include/uapi/linux/kucomms.h
