@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""The compiled part, and the only place that knows it.
+
+Two modules over the same C code: ``_ring`` for what runs per message (keeps the
+GIL), ``_setup`` for what runs per link (drops it).
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from kucomms._core import _ring, _setup  # type: ignore[attr-defined]
+from kucomms._core._ring import (
+    CLOSED,
+    EMPTY,
+    FLAG_REPLY,
+    FORKED,
+    FULL,
+    HEADER_SIZE,
+    OK,
+    PROTOCOL,
+    STATE_CLOSED,
+    STATE_OPEN,
+    STATE_SHUTDOWN,
+    TOO_LARGE,
+    TOO_MANY_LOANS,
+    WRONG_THREAD,
+    Borrow,
+    Channel,
+    Reservation,
+    configure,
+    ring_socket,
+)
+from kucomms.exceptions import ProtocolError, TransportError, VersionError
+
+__all__ = [
+    "CLOSED",
+    "EMPTY",
+    "FLAG_REPLY",
+    "FORKED",
+    "FULL",
+    "HEADER_SIZE",
+    "NAME_MAX",
+    "OK",
+    "PROTOCOL",
+    "STATE_CLOSED",
+    "STATE_OPEN",
+    "STATE_SHUTDOWN",
+    "TOO_LARGE",
+    "TOO_MANY_LOANS",
+    "WRONG_THREAD",
+    "Borrow",
+    "Channel",
+    "HalfChannel",
+    "Reservation",
+    "configure",
+    "lib",
+    "max_message_size",
+    "new_record",
+    "os_error",
+    "poll",
+    "record_bytes",
+    "ring_size_for",
+    "ring_socket",
+    "shm_create",
+    "shm_unlink",
+    "side_size",
+]
+
+lib: Any = _setup.lib
+_ffi: Any = _setup.ffi
+
+NAME_MAX: int = lib.KUCOMMS_NAME_MAX
+
+
+def os_error(number: int, what: str) -> TransportError:
+    """The error for errno ``number``; ``what`` says to which URL, and what to do."""
+    return TransportError(number, f"{what}: {os.strerror(number)}")
+
+
+def ring_size_for(asked: int) -> int:
+    """``asked`` bytes, rounded up to a power of two of at least a page.
+
+    Raises ValueError outside 1 .. 2**32.
+    """
+    size = int(lib.kucomms_ring_size(asked)) if 0 < asked <= 1 << 32 else 0
+    if not size:
+        raise ValueError(f"ring_size must be from 1 to {1 << 32} bytes, not {asked!r}")
+    return size
+
+
+def side_size(ring_size: int) -> int:
+    """Bytes of one side's pages."""
+    return int(lib.kucomms_side_size(ring_size))
+
+
+def max_message_size(ring_size: int) -> int:
+    """Bytes of the largest message."""
+    return int(lib.kucomms_message_max(ring_size))
+
+
+def shm_create(name: str) -> int:
+    """A new shared memory object, mode 0600; its descriptor. Raises OSError."""
+    fd = int(lib.setup_shm_create(name.encode()))
+    if fd < 0:
+        raise OSError(-fd, os.strerror(-fd), name)
+    return fd
+
+
+def shm_unlink(name: str) -> None:
+    """Remove a shared memory object; one that is gone already is fine."""
+    err = int(lib.setup_shm_unlink(name.encode()))
+    if err and err != -errno.ENOENT:
+        raise OSError(-err, os.strerror(-err), name)
+
+
+class HalfChannel:
+    """A channel of which our own side is mapped; ``attach`` adds the peer's.
+
+    ``own``: our side, 0 or 1; ``fd``, ``offset``: where our pages are.
+    """
+
+    def __init__(self, url: str, own: int, ring_size: int, fd: int, offset: int) -> None:
+        self._url = url
+        err = _ffi.new("int *")
+        self._pointer = lib.setup_channel_new(own, ring_size, fd, offset, err)
+        if not self._pointer:
+            raise os_error(-err[0], f"{url}: cannot map {ring_size} bytes of ring")
+
+    def attach(self, fd: int, offset: int) -> Channel:
+        """Map the peer's side and check what it says of itself."""
+        err = int(lib.kucomms_channel_attach(self._pointer, fd, offset))
+        if err == -errno.EPROTO:
+            raise ProtocolError(
+                f"{self._url}: the shared memory does not hold the channel that was agreed on; "
+                "the other side is broken or no kucomms at all"
+            )
+        if err == -errno.EPROTONOSUPPORT:
+            raise VersionError(
+                f"{self._url}: the shared memory is of another version of the kucomms ABI than "
+                f"{lib.KUCOMMS_ABI_VERSION}; use the same version on both sides"
+            )
+        if err:
+            raise os_error(-err, f"{self._url}: cannot map the other side's ring")
+        pointer, self._pointer = self._pointer, None
+        return Channel(int(_ffi.cast("uintptr_t", pointer)))
+
+    def close(self) -> None:
+        """Unmap, unless ``attach`` has made it a channel."""
+        if self._pointer:
+            lib.setup_channel_free(self._pointer)
+            self._pointer = None
+
+
+def poll(channels: Sequence[Channel], nanoseconds: int) -> bool:
+    """Spin, without the GIL, until one of them has something to read."""
+    pointers = _ffi.new("struct kucomms_channel *[]", len(channels))
+    for index, channel in enumerate(channels):
+        pointers[index] = _ffi.cast("struct kucomms_channel *", channel.address)
+    return bool(lib.kucomms_channels_poll(pointers, len(channels), nanoseconds))
+
+
+def new_record(data: bytes | None = None) -> Any:
+    """A ``struct kucomms_rendezvous``: zeroed, or read from ``data``."""
+    record = _ffi.new("struct kucomms_rendezvous *")
+    if data is not None:
+        _ffi.memmove(record, data, _ffi.sizeof("struct kucomms_rendezvous"))
+    return record
+
+
+def record_bytes(record: Any) -> bytes:
+    """The bytes of such a record."""
+    return bytes(_ffi.buffer(record))

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT
+"""The transports, found by the scheme of a URL."""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import cast
+
+from kucomms.transports.base import Address, Transport, unknown_scheme
+
+__all__ = ["find"]
+
+_BUILT_IN = {
+    "inproc": "kucomms.transports.inproc",
+    "shm": "kucomms.transports.shm",
+}
+
+
+def find(address: Address) -> Transport:
+    """The transport for ``address``. Raises AddressError when there is none."""
+    if address.scheme in _BUILT_IN:
+        return cast(Transport, import_module(_BUILT_IN[address.scheme]).transport)
+    others = {entry.name: entry for entry in entry_points(group="kucomms.transports")}
+    if address.scheme not in others:
+        raise unknown_scheme(address.url, [*_BUILT_IN, *others])
+    return cast(Transport, others[address.scheme].load())

@@ -1,0 +1,861 @@
+# SPDX-License-Identifier: MIT
+"""Endpoint: three handlers in one context, and the links that feed them.
+
+One task, the runner, calls every handler, one at a time; so nothing between them
+needs a lock. A turn of it: run what ticks are due, take up to ``batch`` messages of
+each link that has some, give way to the loop. With nothing to do it parks: it asks
+the peers for a doorbell and sleeps until one rings or a tick is due.
+
+While a handler itself waits for something, ``_watch`` sees to it that the endpoint
+keeps draining: replies reach their requests, other messages wait in the backlog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from time import monotonic
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import structlog
+
+from kucomms import _core, transports
+from kucomms._core import OK, PROTOCOL
+from kucomms.exceptions import (
+    ClosedError,
+    KucommsError,
+    PeerClosedError,
+    QueueFull,
+    UsageError,
+)
+from kucomms.link import Link, borrowed_message, end_borrow
+from kucomms.message import Message
+from kucomms.scheduler import Scheduler, Ticker
+from kucomms.statistics import EndpointStatistics
+from kucomms.transports.base import (
+    Address,
+    Connection,
+    ConnectOptions,
+    Listener,
+    ListenOptions,
+)
+
+__all__ = ["Connecting", "Endpoint", "connect"]
+
+_core.configure(Message)
+_log = structlog.get_logger("kucomms")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MessageHandler = Callable[[Message, Link], Any]
+WorkHandler = Callable[[], Any]
+TimerHandler = Callable[[float], Any]
+OpenHandler = Callable[[Link], Any]
+CloseHandler = Callable[[Link, KucommsError | None], Any]
+ErrorHandler = Callable[[BaseException, str], Any]
+
+_UNLIMITED = 1 << 62
+_GLANCE = 8
+"""Messages between two looks at the clock."""
+_HOLD = 0.001
+"""Seconds after which the runner gives way to the loop."""
+_POLL_SLICE = 50e-6
+"""Seconds of polling between two turns of the loop."""
+
+
+class Endpoint:
+    """Handlers, and links to any number of peers.
+
+    ``name`` is for logs and errors. ``work_hz``, ``timer_hz``: calls per second of the
+    work and timer handlers. ``backlog``: bytes of messages that may wait here while a
+    handler itself waits for something. ``busy_poll``: seconds to poll for more before
+    going to sleep, 0 for never; each slice of it holds up the loop for 50 microseconds
+    at most. ``batch``: messages taken from one link before the others have their turn.
+
+    Use it as ``async with endpoint:``, once; leaving the block closes every listener
+    and link, and cancels a handler that is waiting for something. It belongs to the
+    thread and loop in which it was started. Handlers can be registered before and
+    after, as decorators or here, coroutine functions or plain ones.
+    """
+
+    def __init__(
+        self,
+        name: str = "endpoint",
+        *,
+        on_message: MessageHandler | None = None,
+        on_work: WorkHandler | None = None,
+        on_timer: TimerHandler | None = None,
+        on_link_open: OpenHandler | None = None,
+        on_link_close: CloseHandler | None = None,
+        on_error: ErrorHandler | None = None,
+        work_hz: float = 100.0,
+        timer_hz: float = 1.0,
+        backlog: int = 1 << 20,
+        busy_poll: float = 0.0,
+        batch: int = 128,
+    ) -> None:
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch!r}")
+        if backlog < 0 or busy_poll < 0:
+            raise ValueError("backlog and busy_poll cannot be negative")
+        for hz in (work_hz, timer_hz):
+            Ticker(hz, 0.0)  # raises for what cannot be a rate
+        self.name = name
+        self._rates = {"on_work": work_hz, "on_timer": timer_hz}
+        self._backlog_limit = backlog
+        self._busy_poll = busy_poll
+        self._batch = batch
+        self._handlers: dict[str, Callable[..., Any]] = {}
+        self._borrowing = False
+        self._has_message_handler = False
+
+        self._links: dict[Link, None] = {}
+        self._ready: deque[Link] = deque()
+        self._events: deque[tuple[str, Link, KucommsError | None]] = deque()
+        self._listeners: list[Listener] = []
+        self._scheduler = Scheduler()
+        self._runner: asyncio.Task[None] | None = None
+        self._sleep: asyncio.Future[None] | None = None
+        self._over: asyncio.Future[None] | None = None
+        self._stopping = False
+        self._ends_with_its_link = False
+        self._in_handler = False
+        self._watching = False
+        self._work_again = False
+        self._held_since = 0.0
+        # what the handler that is running waits for, to be told that it waits in vain
+        self._handler_waits: Callable[[BaseException], None] | None = None
+        self._backlog_used = 0
+        self._backlog_is_full = False
+        self._poll_budget = busy_poll
+
+        self._message_calls = 0
+        self._work_calls = 0
+        self._timer_calls = 0
+        self._handler_errors = 0
+        self._time_in_handlers = 0.0
+        self._links_opened = 0
+        self._links_closed = 0
+        self._wakeups = 0
+        self._time_polling = 0.0
+        self._polls_hit = 0
+        self._polls_missed = 0
+
+        given = {
+            "on_message": on_message,
+            "on_work": on_work,
+            "on_timer": on_timer,
+            "on_link_open": on_link_open,
+            "on_link_close": on_link_close,
+            "on_error": on_error,
+        }
+        for kind, handler in given.items():
+            if handler is not None:
+                self._register(kind, handler)
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.name!r} {len(self._links)} links>"
+
+    # ---- handlers -----------------------------------------------------------
+
+    @overload
+    def on_message(self, handler: F, /) -> F: ...
+    @overload
+    def on_message(self, /, *, borrow: bool = False) -> Callable[[F], F]: ...
+
+    def on_message(self, handler: Any = None, /, *, borrow: bool = False) -> Any:
+        """Register ``handler(message, link)``, called for each message of every link.
+
+        With ``borrow=True``, ``message.data`` is a read-only memoryview into the ring,
+        valid until the handler returns; a slice that lives longer is reported as a
+        ``BufferError`` of the handler.
+        """
+        if handler is None:
+
+            def decorate(function: F) -> F:
+                self._borrowing = borrow
+                return self._register("on_message", function)
+
+            return decorate
+        self._borrowing = borrow
+        return self._register("on_message", handler)
+
+    def on_work(self, handler: F) -> F:
+        """Register ``handler()``, called ``work_hz`` times a second.
+
+        Returning True asks to be called again at once, after the messages that wait.
+        """
+        return self._register("on_work", handler)
+
+    def on_timer(self, handler: F) -> F:
+        """Register ``handler(now)``, called ``timer_hz`` times a second; now: loop.time()."""
+        return self._register("on_timer", handler)
+
+    def on_link_open(self, handler: F) -> F:
+        """Register ``handler(link)``, called before the first message of a link."""
+        return self._register("on_link_open", handler)
+
+    def on_link_close(self, handler: F) -> F:
+        """Register ``handler(link, error)``, called after the last message of a link.
+
+        ``error`` is None after an orderly close, by whichever side.
+        """
+        return self._register("on_link_close", handler)
+
+    def on_error(self, handler: F) -> F:
+        """Register ``handler(exception, handler_name)`` for what other handlers raise.
+
+        Without one it is logged with structlog. Either way it is counted and the
+        endpoint goes on.
+        """
+        return self._register("on_error", handler)
+
+    def _register(self, kind: str, handler: F) -> F:
+        if not callable(handler):
+            raise TypeError(f"{kind}: a handler must be callable, not {handler!r}")
+        self._handlers[kind] = handler
+        if kind == "on_message":
+            self._has_message_handler = True
+        if self._runner is not None:
+            self._check_thread()
+            if kind in self._rates:
+                self._scheduler.start(kind, self._rates[kind])
+                self._wake()
+            if kind == "on_message":
+                for link in self._links:
+                    self._make_ready(link)
+        return handler
+
+    # ---- life ---------------------------------------------------------------
+
+    async def __aenter__(self) -> Endpoint:
+        """Start it in the running loop. Raises UsageError the second time."""
+        if self._runner is not None or self._stopping:
+            raise UsageError(f"endpoint {self.name!r} was started before; make a new one")
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._pid = os.getpid()
+        self._over = self._loop.create_future()
+        for kind, hz in self._rates.items():
+            if kind in self._handlers:
+                self._scheduler.start(kind, hz)
+        self._runner = self._loop.create_task(self._run(), name=f"kucomms {self.name}")
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """As ``aclose``."""
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close every listener and link in order, run the close handlers, and stop.
+
+        A handler that is waiting for something is cancelled. In a handler it only
+        starts all this. Twice is fine.
+        """
+        if self._runner is None:
+            self._stopping = True
+            return
+        self._check_thread()
+        self._stopping = True
+        for listener in list(self._listeners):
+            await listener.aclose()
+        self._listeners.clear()
+        for link in list(self._links):
+            link._close_here()
+        if asyncio.current_task() is self._runner:
+            return
+        if self._in_handler:
+            self._runner.cancel()
+        self._wake()
+        await asyncio.wait([self._runner])
+        if not self._runner.cancelled():
+            error = self._runner.exception()
+            if error is not None:
+                raise error
+
+    async def serve_forever(self) -> None:
+        """Wait until the endpoint is closed, or this is cancelled."""
+        self._check_started()
+        assert self._over is not None
+        await asyncio.shield(self._over)
+
+    # ---- links --------------------------------------------------------------
+
+    async def listen(
+        self,
+        url: str,
+        *,
+        ring_size: int = 1 << 20,
+        max_ring_size: int = 1 << 26,
+        max_links: int = 4096,
+        allow: Iterable[int] = (),
+        hello: bytes = b"",
+    ) -> Listener:
+        """Take connections at ``url``, until the returned listener is closed.
+
+        ``ring_size``: bytes per direction, rounded up to a power of two of at least a
+        page; the largest message is 32 bytes less. A peer may ask for another size, up
+        to ``max_ring_size``. ``max_links``: how many links this endpoint has at most,
+        others get ``BusyError``. ``allow``: ids of users who may connect besides our
+        own. ``hello``: up to 64 bytes that each peer finds in ``link.peer.hello``.
+
+        Raises AddressError, AddressInUseError, TransportError.
+        """
+        self._check_started()
+        address = Address.parse(url)
+        options = ListenOptions(
+            ring_size=_core.ring_size_for(ring_size),
+            max_ring_size=_core.ring_size_for(max(max_ring_size, ring_size)),
+            max_links=max_links,
+            allow=frozenset(allow),
+            hello=_check_hello(hello),
+        )
+        listener = await transports.find(address).listen(
+            address, options, self._accept, lambda: len(self._links)
+        )
+        self._listeners.append(listener)
+        return listener
+
+    async def connect(
+        self,
+        url: str,
+        *,
+        ring_size: int | None = None,
+        timeout: float | None = None,
+        hello: bytes = b"",
+        owner: int | None = None,
+    ) -> Link:
+        """Connect to whoever listens at ``url``.
+
+        ``ring_size``: bytes per direction; None takes the listener's. It is clamped to
+        the listener's limit: see ``link.ring_size``. ``timeout``: seconds to wait for
+        the listener, None for ever, 0 tries once. ``hello``: as in ``listen``.
+        ``owner``: id of the user whose listener is meant, when not our own; it must
+        allow us.
+
+        Raises AddressError, NotReadyError, BusyError, VersionError, ProtocolError,
+        TransportError.
+        """
+        self._check_started()
+        address = Address.parse(url)
+        options = ConnectOptions(
+            ring_size=0 if ring_size is None else _core.ring_size_for(ring_size),
+            timeout=timeout,
+            hello=_check_hello(hello),
+            owner=owner,
+        )
+        connection = await transports.find(address).connect(address, options)
+        if self._stopping:
+            connection.close()
+            raise self._closed_error()
+        return self._add_link(connection)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The links that are open now."""
+        return tuple(self._links)
+
+    def broadcast(
+        self,
+        data: Any,
+        *,
+        type: int | None = None,
+        id: int | None = None,
+        user_value: int | None = None,
+    ) -> int:
+        """Send to every link that has room; returns how many got it."""
+        self._check_started()
+        count = 0
+        for link in tuple(self._links):
+            try:
+                link.send_nowait(data, type=type, id=id, user_value=user_value)
+            except (QueueFull, PeerClosedError, ClosedError):
+                continue
+            count += 1
+        return count
+
+    def statistics(self) -> EndpointStatistics:
+        """The counts of this endpoint."""
+        work = self._scheduler.ticker("on_work")
+        timer = self._scheduler.ticker("on_timer")
+        return EndpointStatistics(
+            message_calls=self._message_calls,
+            work_calls=self._work_calls,
+            timer_calls=self._timer_calls,
+            handler_errors=self._handler_errors,
+            time_in_handlers=self._time_in_handlers,
+            work_ticks=work.ticks if work else 0,
+            work_missed=work.missed if work else 0,
+            timer_ticks=timer.ticks if timer else 0,
+            timer_missed=timer.missed if timer else 0,
+            work_jitter_mean=work.jitter_sum / work.ticks if work and work.ticks else 0.0,
+            work_jitter_max=work.jitter_max if work else 0.0,
+            timer_jitter_mean=timer.jitter_sum / timer.ticks if timer and timer.ticks else 0.0,
+            timer_jitter_max=timer.jitter_max if timer else 0.0,
+            links_opened=self._links_opened,
+            links_closed=self._links_closed,
+            wakeups=self._wakeups,
+            time_polling=self._time_polling,
+            polls_hit=self._polls_hit,
+            polls_missed=self._polls_missed,
+        )
+
+    def _accept(self, connection: Connection) -> None:
+        """Take a connection that a listener has made."""
+        if self._stopping:
+            connection.channel.attach(connection.ring)
+            connection.channel.stop_sending(_core.STATE_CLOSED)
+            connection.close()
+        else:
+            self._add_link(connection)
+
+    def _add_link(self, connection: Connection) -> Link:
+        link = Link(self, connection)
+        self._links[link] = None
+        self._links_opened += 1
+        link._start()
+        self._events.append(("on_link_open", link, None))
+        self._wake()
+        return link
+
+    def _link_over(self, link: Link, error: KucommsError | None) -> None:
+        """The link is closed; its close handler comes after what it had to say."""
+        self._links.pop(link, None)
+        self._links_closed += 1
+        self._events.append(("on_link_close", link, error))
+        if self._ends_with_its_link:
+            self._stopping = True
+        self._wake()
+
+    # ---- the runner ---------------------------------------------------------
+
+    async def _run(self) -> None:
+        """Call every handler, one at a time, until the endpoint stops."""
+        try:
+            while not self._stopping or self._events:
+                self._arm_watch()
+                self._held_since = monotonic()
+                while self._events:
+                    await self._handle_event(*self._events.popleft())
+                await self._run_ticks(again=self._work_again)
+                for _ in range(len(self._ready)):
+                    if self._stopping:
+                        break
+                    await self._serve(self._ready.popleft())
+                if self._ready or self._events or self._work_again:
+                    await self._give_way()
+                elif not self._stopping:
+                    await self._park()
+        finally:
+            self._scheduler.stop()
+            for link in list(self._links):
+                link._close_here()
+            if self._over is not None and not self._over.done():
+                self._over.set_result(None)
+
+    async def _serve(self, link: Link) -> None:
+        """Handle up to a batch of one link's messages."""
+        if not self._has_message_handler:
+            link._queued = False
+            return
+        if self._borrowing and not link._inbox:
+            count = await self._serve_borrowed(link)
+        else:
+            messages: list[Message] = []
+            if link._inbox:
+                while link._inbox and len(messages) < self._batch:
+                    messages.append(link._take_from_inbox())
+            elif not link._over:
+                replies: list[Message] = []
+                status = link._channel.receive(self._batch, _UNLIMITED, messages, replies)
+                if replies:
+                    link._resolve(replies)
+                if status == PROTOCOL:
+                    # what came before the fault is handled first
+                    link._inbox.extend(messages)
+                    messages = []
+                    link._receive_failed(status)
+                elif status != OK and not link._over:
+                    link._receive_failed(status)
+                if replies and not messages:
+                    self._ready.append(link)
+                    return
+            count = len(messages)
+            if messages:
+                await self._dispatch(messages, link)
+        if count or link._inbox:
+            self._ready.append(link)
+        elif link._over:
+            link._queued = False
+        elif link._peer_gone:
+            link._queued = False
+            link._finish()
+        elif link._channel.park_receive():
+            self._ready.append(link)
+        else:
+            link._queued = False
+
+    async def _dispatch(self, messages: list[Message], link: Link) -> None:
+        """Call the message handler for each."""
+        handler = self._handlers["on_message"]
+        is_coroutine = inspect.iscoroutinefunction(handler)
+        begin = monotonic()
+        self._in_handler = True
+        countdown = _GLANCE
+        try:
+            for message in messages:
+                try:
+                    result = handler(message, link)
+                    if is_coroutine or inspect.isawaitable(result):
+                        await result
+                except Exception as error:
+                    await self._handler_failed(error, "on_message")
+                except asyncio.CancelledError as error:
+                    await self._handler_cancelled(error, "on_message")
+                    if self._stopping:
+                        return
+                countdown -= 1
+                if not countdown:
+                    countdown = _GLANCE
+                    await self._glance()
+        finally:
+            self._in_handler = False
+            self._message_calls += len(messages)
+            self._time_in_handlers += monotonic() - begin
+
+    async def _serve_borrowed(self, link: Link) -> int:
+        """As ``_dispatch``, in place: one message at a time."""
+        handler = self._handlers["on_message"]
+        count = 0
+        countdown = _GLANCE
+        begin = monotonic()
+        try:
+            while count < self._batch and not link._over and not link._inbox:
+                try:
+                    taken = link._take_borrow()
+                except KucommsError:  # the link is over
+                    break
+                if taken is None:
+                    break
+                borrow, message = borrowed_message(taken)
+                count += 1
+                self._in_handler = True
+                failed: BaseException | None = None
+                try:
+                    result = handler(message, link)
+                    if inspect.isawaitable(result):
+                        await result
+                except Exception as error:
+                    failed = error
+                    await self._handler_failed(error, "on_message")
+                except asyncio.CancelledError as error:
+                    failed = error
+                    await self._handler_cancelled(error, "on_message")
+                finally:
+                    try:
+                        end_borrow(link, borrow, message, failed)
+                    except BufferError as error:
+                        await self._handler_failed(error, "on_message")
+                    self._in_handler = False
+                if self._stopping:
+                    break
+                countdown -= 1
+                if not countdown:
+                    countdown = _GLANCE
+                    await self._glance()
+        finally:
+            self._message_calls += count
+            self._time_in_handlers += monotonic() - begin
+        return count
+
+    async def _glance(self) -> None:
+        """Between two messages: ticks that are due, and the loop's other tasks."""
+        now = monotonic()
+        if now >= self._scheduler.next_deadline:
+            await self._run_ticks()
+        if now - self._held_since > _HOLD:
+            await self._give_way()
+
+    async def _give_way(self) -> None:
+        """Let the loop's other tasks have their turn."""
+        in_handler, self._in_handler = self._in_handler, False
+        await asyncio.sleep(0)
+        self._in_handler = in_handler
+        self._held_since = monotonic()
+        self._arm_watch()
+
+    async def _run_ticks(self, again: bool = False) -> None:
+        """Run the tick handlers that are due, and the work handler when it asked."""
+        due = self._scheduler.due(monotonic())
+        if due or again:
+            if again or "on_work" in due:
+                self._work_again = False
+                self._work_calls += 1
+                self._work_again = (await self._call("on_work")) is True
+            if "on_timer" in due:
+                self._timer_calls += 1
+                await self._call("on_timer", self._loop.time())
+
+    async def _handle_event(self, kind: str, link: Link, error: KucommsError | None) -> None:
+        if kind == "on_link_open":
+            await self._call(kind, link)
+            if self._has_message_handler and not link._over:
+                self._make_ready(link)
+        else:
+            await self._call(kind, link, error)
+
+    async def _call(self, kind: str, *arguments: Any) -> Any:
+        """Call a handler, if there is one; what it raises goes to on_error."""
+        handler = self._handlers.get(kind)
+        if handler is None:
+            return None
+        begin = monotonic()
+        in_handler, self._in_handler = self._in_handler, True
+        try:
+            result = handler(*arguments)
+            if inspect.isawaitable(result):
+                result = await result
+            return result
+        except Exception as error:
+            await self._handler_failed(error, kind)
+        except asyncio.CancelledError as error:
+            await self._handler_cancelled(error, kind)
+        finally:
+            self._in_handler = in_handler
+            self._time_in_handlers += monotonic() - begin
+        return None
+
+    async def _handler_failed(self, error: BaseException, kind: str) -> None:
+        self._handler_errors += 1
+        report = self._handlers.get("on_error")
+        if report is not None:
+            try:
+                result = report(error, kind)
+                if inspect.isawaitable(result):
+                    await result
+                return
+            except Exception as second:
+                _log.error(
+                    "handler_failed", endpoint=self.name, handler="on_error", exc_info=second
+                )
+        _log.error("handler_failed", endpoint=self.name, handler=kind, exc_info=error)
+
+    async def _handler_cancelled(self, error: asyncio.CancelledError, kind: str) -> None:
+        """Was it the handler that was cancelled by us, the runner, or a task of its own?"""
+        assert self._runner is not None
+        if self._stopping:
+            self._runner.uncancel()
+        elif self._runner.cancelling():
+            raise error
+        else:
+            await self._handler_failed(error, kind)
+
+    # ---- sleeping and waking ------------------------------------------------
+
+    async def _park(self) -> None:
+        """Sleep until something wakes us or a tick is due."""
+        if self._busy_poll and await self._poll():
+            return
+        deadline = self._scheduler.next_deadline
+        self._sleep = self._loop.create_future()
+        timer = None
+        if deadline != math.inf:
+            # asyncio and uvloop round to milliseconds; up, so as not to wake too early
+            delay = math.ceil(max(deadline - monotonic(), 0.0) * 1000) / 1000
+            timer = self._loop.call_later(delay, self._wake)
+        try:
+            await self._sleep
+        finally:
+            self._sleep = None
+            if timer is not None:
+                timer.cancel()
+        self._wakeups += 1
+
+    def _wake(self) -> None:
+        if self._sleep is not None and not self._sleep.done():
+            self._sleep.set_result(None)
+
+    def _make_ready(self, link: Link) -> None:
+        """Have the runner look at this link."""
+        if not link._queued:
+            link._queued = True
+            self._ready.append(link)
+            self._wake()
+        if self._in_handler and not link._over:
+            link._pump()
+
+    async def _poll(self) -> bool:
+        """Spin for a while before parking; the budget follows its success."""
+        channels = [link._channel for link in self._links if not link._peer_gone]
+        if not channels or not self._has_message_handler or self._poll_budget < _POLL_SLICE:
+            self._poll_budget = min(self._busy_poll, self._poll_budget + _POLL_SLICE / 8)
+            return False
+        begin = now = monotonic()
+        end = begin + self._poll_budget
+        hit = False
+        while not hit and now < min(end, self._scheduler.next_deadline):
+            hit = _core.poll(channels, int(_POLL_SLICE * 1e9))
+            if not hit:
+                await asyncio.sleep(0)
+                hit = bool(self._ready or self._events)
+            now = monotonic()
+        self._time_polling += now - begin
+        if hit:
+            self._polls_hit += 1
+            self._poll_budget = self._busy_poll
+            for link in self._links:
+                if not link._queued:
+                    link._queued = True
+                    self._ready.append(link)
+        else:
+            self._polls_missed += 1
+            self._poll_budget /= 2
+        return hit or self._stopping
+
+    def _arm_watch(self) -> None:
+        """Have ``_watch`` called as soon as the runner gives way to the loop."""
+        if not self._watching:
+            self._watching = True
+            self._loop.call_soon(self._watch)
+
+    def _watch(self) -> None:
+        self._watching = False
+        if self._in_handler:
+            self._keep_draining()
+
+    def _keep_draining(self) -> None:
+        """A handler waits: take what has arrived into the backlog, and ask for doorbells."""
+        self._backlog_is_full = False
+        for link in tuple(self._links):
+            if self._has_message_handler and not link._over:
+                if not link._queued:
+                    link._queued = True
+                    self._ready.append(link)
+                link._pump()
+
+    def _backlog_filled(self) -> None:
+        self._backlog_is_full = True
+        fail, self._handler_waits = self._handler_waits, None
+        if fail is not None:
+            fail(
+                QueueFull(
+                    f"endpoint {self.name!r}: a handler waits to send or for a reply, and the "
+                    f"backlog of {self._backlog_limit} bytes for what arrives meanwhile is full; "
+                    "make it larger, or wait in a task instead of a handler"
+                )
+            )
+
+    def _backlog_eased(self, link: Link) -> None:
+        """Something was taken out of a backlog that was full."""
+        self._backlog_is_full = False
+        link._backlog_full = False
+        if not self._has_message_handler and link._requests and not link._over:
+            self._loop.call_soon(link._pump)
+
+    def _is_current_handler(self) -> bool:
+        return self._in_handler and asyncio.current_task() is self._runner
+
+    # ---- errors -------------------------------------------------------------
+
+    def _check_thread(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"endpoint {self.name!r} was started before a fork and cannot be used in the "
+                "child; make a new one there"
+            )
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                f"endpoint {self.name!r} belongs to the thread of its loop; use "
+                "loop.call_soon_threadsafe, or link.send_threadsafe to send"
+            )
+
+    def _check_started(self) -> None:
+        if self._stopping:
+            raise self._closed_error()
+        if self._runner is None:
+            raise UsageError(
+                f"endpoint {self.name!r} is not running; use it inside 'async with endpoint:'"
+            )
+        self._check_thread()
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"endpoint {self.name!r} is closed; make a new one")
+
+
+def _check_hello(hello: bytes) -> bytes:
+    limit = _core.lib.KUCOMMS_HELLO_MAX
+    if len(hello) > limit:
+        raise ValueError(f"hello may have {limit} bytes, not {len(hello)}")
+    return bytes(hello)
+
+
+class Connecting:
+    """What ``kucomms.connect`` returns: to be awaited, or entered, once."""
+
+    def __init__(self, url: str, endpoint_options: dict[str, Any], options: dict[str, Any]) -> None:
+        self._url = url
+        self._options = options
+        self._endpoint = Endpoint(url, **endpoint_options)
+
+    def __await__(self) -> Any:
+        """Connect; closing the link ends what is behind it."""
+        return self._open().__await__()
+
+    async def _open(self) -> Link:
+        endpoint = self._endpoint
+        await endpoint.__aenter__()
+        try:
+            link = await endpoint.connect(self._url, **self._options)
+        except BaseException:
+            await endpoint.aclose()
+            raise
+        endpoint._ends_with_its_link = True
+        return link
+
+    async def __aenter__(self) -> Link:
+        self._link = await self._open()
+        return self._link
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._endpoint.aclose()
+
+
+def connect(
+    url: str,
+    *,
+    ring_size: int | None = None,
+    timeout: float | None = None,
+    hello: bytes = b"",
+    owner: int | None = None,
+    backlog: int = 1 << 20,
+) -> Connecting:
+    """Connect to ``url`` without an endpoint of your own; messages are awaited.
+
+    ``async with kucomms.connect(url) as link:`` closes the link at the end of the
+    block; ``link = await kucomms.connect(url)`` leaves that to ``link.aclose()``.
+    Arguments and errors are those of ``Endpoint.connect``; ``backlog`` that of
+    ``Endpoint``.
+    """
+    return Connecting(
+        url,
+        {"backlog": backlog},
+        {"ring_size": ring_size, "timeout": timeout, "hello": hello, "owner": owner},
+    )
+
+

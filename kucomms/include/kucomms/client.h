@@ -1,0 +1,1383 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * Either end of a shm:// link, for programs in C and C++. Header only:
+ *
+ *	cc -I$(python -c 'import kucomms; print(kucomms.get_include())') ...
+ *
+ * (and -lrt where glibc is older than 2.34). One side listens, the other
+ * connects; from then on both can do the same:
+ *
+ *	struct kucomms_client link;
+ *	struct kucomms_view message;
+ *	int err;
+ *
+ *	err = kucomms_connect(&link, "shm://sensor", 0, 5000);
+ *	if (!err)
+ *		err = kucomms_client_send(&link, "hello", 5, 1, 7, 0, -1);
+ *	if (!err)
+ *		err = kucomms_client_receive(&link, &message, -1);
+ *	if (!err) {
+ *		... message.data, message.length, message.id ...
+ *		kucomms_client_release(&link, &message);
+ *	}
+ *	kucomms_client_close(&link);
+ *
+ * Functions return 0 or more, or a negative errno:
+ *
+ *	-EAGAIN		timeout 0, and it cannot be done now
+ *	-ETIMEDOUT	not within the timeout
+ *	-EINTR		a signal handler ran while waiting; call again
+ *	-EPIPE		the peer is gone, and all that it sent was received
+ *	-EMSGSIZE	the message can never fit
+ *	-EPROTO		the peer broke the rules; the link is of no more use
+ *	-EPROTONOSUPPORT  the peer speaks another version
+ *	-EBUSY		the listener takes no more links
+ *	-EPERM		the peer, or the directory of sockets, is another user's
+ *	-EADDRINUSE	somebody else listens under this name
+ *	-EINVAL		not shm://NAME with a NAME of [A-Za-z0-9_]{1,48}
+ *	-EBADF		the link was closed by this side
+ *
+ * Timeouts are in milliseconds, -1 waits for ever, 0 never waits.
+ *
+ * A link belongs to one thread at a time, and only to the process that made
+ * it: its memory is not there in a forked child, which must not touch it. The
+ * struct must not be copied or moved while the link is open.
+ *
+ * Two sides that both send and never receive fill both rings and then wait for
+ * each other: give sends a timeout, or receive in between.
+ */
+#ifndef _KUCOMMS_CLIENT_H
+#define _KUCOMMS_CLIENT_H
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <kucomms/channel.h>
+#include <kucomms/rendezvous.h>
+
+#define KUCOMMS_RING_DEFAULT	(1ULL << 20)	/* bytes per direction */
+#define KUCOMMS_RING_LIMIT	(1ULL << 26)	/* a connector gets no more */
+#define KUCOMMS_HANDSHAKE_MS	1000		/* for a peer that is there */
+#define KUCOMMS_LIVENESS_MS	50		/* a death is seen within this */
+
+/* Older C libraries lack these. */
+#ifdef SO_PEERPIDFD
+#define KUCOMMS_SO_PEERPIDFD	SO_PEERPIDFD
+#else
+#define KUCOMMS_SO_PEERPIDFD	77
+#endif
+#ifdef SYS_pidfd_open
+#define KUCOMMS_SYS_PIDFD_OPEN	SYS_pidfd_open
+#else
+#define KUCOMMS_SYS_PIDFD_OPEN	434
+#endif
+
+/**
+ * struct kucomms_client - one end of a link
+ * @channel: the rings
+ * @socket: the doorbell, and by its end the sign that the peer is gone
+ * @pidfd: the peer's process, or -1 where the kernel has no pidfd
+ * @epoll: both, for kucomms_client_fd(); -1 until asked for
+ * @error: what every further call returns, or 0
+ * @gone: the peer is; what it committed before may still be received
+ * @looked: when we last looked whether it is, nanoseconds
+ * @peer_pid: the peer's process id, as it was when the link was made
+ * @peer_uid: the peer's user, the same as ours
+ */
+struct kucomms_client {
+	struct kucomms_channel channel;
+	int socket;
+	int pidfd;
+	int epoll;
+	int error;
+	int gone;
+	int64_t looked;
+	pid_t peer_pid;
+	uid_t peer_uid;
+};
+
+/**
+ * struct kucomms_listener - a name under which links are accepted
+ * @socket: readable when somebody connects
+ * @directory: where the socket is
+ * @device: with @inode: how to know that the socket is still ours
+ * @inode: see @device
+ * @ring_size: for a connector that asks for none; may be changed
+ * @max_ring_size: the most that a connector gets; may be changed
+ * @dropped: connectors that were turned away for breaking the rules
+ * @name: of the socket in the directory
+ */
+struct kucomms_listener {
+	int socket;
+	int directory;
+	dev_t device;
+	ino_t inode;
+	uint64_t ring_size;
+	uint64_t max_ring_size;
+	uint64_t dropped;
+	char name[KUCOMMS_NAME_MAX + 1];
+};
+
+/* struct ucred, which C libraries show to _GNU_SOURCE only. */
+struct kucomms_credentials {
+	int32_t pid;
+	uint32_t uid;
+	uint32_t gid;
+};
+
+/* ---- time --------------------------------------------------------------- */
+
+static inline int64_t kucomms_now(clockid_t clock)
+{
+	struct timespec now;
+
+	clock_gettime(clock, &now);
+	return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* The time at which a wait that begins now ends. */
+static inline int64_t kucomms_deadline(int timeout_ms)
+{
+	if (timeout_ms < 0)
+		return INT64_MAX;
+	if (!timeout_ms)
+		return 0;
+	return kucomms_now(CLOCK_MONOTONIC) + (int64_t)timeout_ms * 1000000;
+}
+
+/* What is left until @end, for poll(). */
+static inline int kucomms_poll_time(int64_t end)
+{
+	int64_t left;
+
+	if (end == INT64_MAX)
+		return -1;
+	if (!end)
+		return 0;
+	left = end - kucomms_now(CLOCK_MONOTONIC);
+	if (left <= 0)
+		return 0;
+	left = (left + 999999) / 1000000;
+	return left > INT_MAX ? INT_MAX : (int)left;
+}
+
+/* ---- names, the directory of sockets ------------------------------------ */
+
+/* The NAME of shm://NAME, copied. Return: 0 or -EINVAL. */
+static inline int kucomms_url_name(const char *url, char *name)
+{
+	static const char scheme[] = "shm://";
+	static const char allowed[] =
+		"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_";
+	size_t length;
+
+	if (strncmp(url, scheme, sizeof(scheme) - 1))
+		return -EINVAL;
+	url += sizeof(scheme) - 1;
+	length = strspn(url, allowed);
+	if (!length || length > KUCOMMS_NAME_MAX || url[length])
+		return -EINVAL;
+	memcpy(name, url, length + 1);
+	return 0;
+}
+
+static inline int kucomms_directory_path(char *path, size_t size)
+{
+	const char *base = getenv("XDG_RUNTIME_DIR");
+	int length;
+
+	if (base && base[0] == '/')
+		length = snprintf(path, size, "%s/kucomms", base);
+	else
+		length = snprintf(path, size, "/tmp/kucomms-%u",
+				  (unsigned int)geteuid());
+	return length < 0 || (size_t)length >= size ? -ENAMETOOLONG : 0;
+}
+
+/*
+ * Open the directory, which must be ours alone: /tmp is everybody's. Return: a
+ * descriptor, -EPERM or -errno.
+ */
+static inline int kucomms_directory_open(const char *path)
+{
+	struct stat status;
+	int err, fd;
+
+	fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	err = fstat(fd, &status) ? -errno : 0;
+	if (!err && (status.st_uid != geteuid() || status.st_mode & 077))
+		err = -EPERM;
+	if (!err)
+		return fd;
+	close(fd);
+	return err;
+}
+
+/* Is @fd still what @path names? */
+static inline int kucomms_directory_current(int fd, const char *path)
+{
+	struct stat there, here;
+
+	return !fstat(fd, &here) && !lstat(path, &there) &&
+	       here.st_dev == there.st_dev && here.st_ino == there.st_ino;
+}
+
+static inline int kucomms_directory_lock(int fd)
+{
+	while (flock(fd, LOCK_EX))
+		if (errno != EINTR)
+			return -errno;
+	return 0;
+}
+
+/*
+ * Create the directory if need be and lock it. A closing listener removes it
+ * when it is empty, so what was opened may be gone when the lock is ours.
+ * Return: a descriptor or -errno.
+ */
+static inline int kucomms_directory_enter(const char *path)
+{
+	int err, fd;
+
+	for (;;) {
+		if (mkdir(path, 0700) && errno != EEXIST)
+			return -errno;
+		fd = kucomms_directory_open(path);
+		if (fd == -ENOENT)
+			continue;
+		if (fd < 0)
+			return fd;
+		err = kucomms_directory_lock(fd);
+		if (!err && kucomms_directory_current(fd, path))
+			return fd;
+		close(fd);
+		if (err)
+			return err;
+	}
+}
+
+/* By way of the descriptor: no path is too long, and none changes meanwhile. */
+static inline void kucomms_socket_address(struct sockaddr_un *address,
+					  int directory, const char *name)
+{
+	memset(address, 0, sizeof(*address));
+	address->sun_family = AF_UNIX;
+	snprintf(address->sun_path, sizeof(address->sun_path),
+		 "/proc/self/fd/%d/%.*s", directory, KUCOMMS_NAME_MAX, name);
+}
+
+static inline int kucomms_socket_new(void)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+	return fd < 0 ? -errno : fd;
+}
+
+static inline int kucomms_socket_connect(int fd, int directory,
+					 const char *name)
+{
+	struct sockaddr_un address;
+
+	kucomms_socket_address(&address, directory, name);
+	return connect(fd, (const struct sockaddr *)&address,
+		       sizeof(address)) ? -errno : 0;
+}
+
+/* ---- the peer's process ------------------------------------------------- */
+
+/*
+ * Return: a pidfd of the peer, -ESRCH when it is dead, -ENOSYS when there is no
+ * way to have one (an old kernel; a process of a namespace that we cannot see),
+ * -errno.
+ */
+static inline int kucomms_peer_pidfd(int fd)
+{
+	struct kucomms_credentials peer;
+	socklen_t size = sizeof(int);
+	int pidfd;
+
+	if (!getsockopt(fd, SOL_SOCKET, KUCOMMS_SO_PEERPIDFD, &pidfd, &size))
+		return pidfd;
+	if (errno == ESRCH || errno == EINVAL)
+		return -ESRCH;
+	if (errno != ENOPROTOOPT)
+		return -errno;
+	size = sizeof(peer);
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size))
+		return -errno;
+	if (peer.pid <= 0)
+		return -ENOSYS;
+	pidfd = (int)syscall(KUCOMMS_SYS_PIDFD_OPEN, peer.pid, 0);
+	return pidfd < 0 ? -errno : pidfd;
+}
+
+/* ---- the records of the rendezvous -------------------------------------- */
+
+static inline void kucomms_client_drop(struct kucomms_client *client)
+{
+	if (client->epoll >= 0)
+		close(client->epoll);
+	if (client->pidfd >= 0)
+		close(client->pidfd);
+	if (client->socket >= 0)
+		close(client->socket);
+	client->epoll = -1;
+	client->pidfd = -1;
+	client->socket = -1;
+	client->error = -EBADF;
+}
+
+static inline void kucomms_client_clear(struct kucomms_client *client)
+{
+	memset(client, 0, sizeof(*client));
+	client->socket = -1;
+	client->pidfd = -1;
+	client->epoll = -1;
+	client->error = -EBADF;
+}
+
+/*
+ * Take over a connected socket, see who is there. The pidfd is opened before
+ * the peer's next record is read: the record then proves that the process
+ * lived, so its number had not gone to another one. Return: 0, -EPERM, -EPIPE
+ * when it is dead already, -errno.
+ */
+static inline int kucomms_client_begin(struct kucomms_client *client, int fd)
+{
+	struct kucomms_credentials peer;
+	socklen_t size = sizeof(peer);
+	int pidfd;
+
+	kucomms_client_clear(client);
+	client->socket = fd;
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size))
+		return -errno;
+	if (peer.uid != geteuid())
+		return -EPERM;
+	client->peer_pid = peer.pid;
+	client->peer_uid = peer.uid;
+	pidfd = kucomms_peer_pidfd(fd);
+	if (pidfd == -ESRCH)
+		return -EPIPE;
+	if (pidfd < 0 && pidfd != -ENOSYS)
+		return pidfd;
+	client->pidfd = pidfd < 0 ? -1 : pidfd;
+	return 0;
+}
+
+static inline void kucomms_record_fill(struct kucomms_rendezvous *record,
+				       uint32_t step, uint64_t ring_size)
+{
+	memset(record, 0, sizeof(*record));
+	record->magic = KUCOMMS_MAGIC;
+	record->version = KUCOMMS_ABI_VERSION;
+	record->step = step;
+	record->features = KUCOMMS_FEATURES;
+	record->ring_size = ring_size;
+}
+
+/* Room for descriptors of a record, aligned as the macros want it. */
+union kucomms_ancillary {
+	struct cmsghdr align;
+	char space[CMSG_SPACE(4 * sizeof(int))];
+};
+
+/* Send a record, with @file unless it is -1. Return: 0, -EPIPE or -errno. */
+static inline int kucomms_record_send(int fd, struct kucomms_rendezvous *record,
+				      int file)
+{
+	union kucomms_ancillary ancillary;
+	struct cmsghdr *header;
+	struct msghdr message;
+	struct iovec part;
+	ssize_t sent;
+
+	memset(&message, 0, sizeof(message));
+	part.iov_base = record;
+	part.iov_len = sizeof(*record);
+	message.msg_iov = &part;
+	message.msg_iovlen = 1;
+	if (file >= 0) {
+		memset(&ancillary, 0, sizeof(ancillary));
+		message.msg_control = ancillary.space;
+		message.msg_controllen = CMSG_SPACE(sizeof(int));
+		header = CMSG_FIRSTHDR(&message);
+		header->cmsg_level = SOL_SOCKET;
+		header->cmsg_type = SCM_RIGHTS;
+		header->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(header), &file, sizeof(int));
+	}
+	do {
+		sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+	} while (sent < 0 && errno == EINTR);
+	if (sent < 0)
+		return errno == ECONNRESET ? -EPIPE : -errno;
+	/* The buffer of a new socket holds all three records with ease. */
+	return sent == (ssize_t)sizeof(*record) ? 0 : -EPROTO;
+}
+
+/*
+ * Keep the only descriptor that came, close what is too many. Return: 0 or
+ * -EPROTO.
+ */
+static inline int kucomms_record_files(struct msghdr *message, int *file)
+{
+	struct cmsghdr *header;
+	size_t count, i;
+	int fd, err = 0;
+
+	if (message->msg_flags & MSG_CTRUNC)
+		err = -EPROTO;
+	for (header = CMSG_FIRSTHDR(message); header;
+	     header = CMSG_NXTHDR(message, header)) {
+		if (header->cmsg_level != SOL_SOCKET ||
+		    header->cmsg_type != SCM_RIGHTS)
+			continue;
+		count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		for (i = 0; i < count; i++) {
+			memcpy(&fd, CMSG_DATA(header) + i * sizeof(int),
+			       sizeof(int));
+			if (*file < 0) {
+				*file = fd;
+			} else {
+				close(fd);
+				err = -EPROTO;
+			}
+		}
+	}
+	return err;
+}
+
+/* Read bytes of a record as they come. Return: 0, -EPIPE, -ETIMEDOUT, ... */
+static inline int kucomms_record_read(struct kucomms_client *client,
+				      struct kucomms_rendezvous *record,
+				      int *file, int64_t end)
+{
+	union kucomms_ancillary ancillary;
+	struct msghdr message;
+	struct pollfd fds[2];
+	struct iovec part;
+	size_t have = 0;
+	int err, timeout;
+	ssize_t count;
+
+	while (have < sizeof(*record)) {
+		fds[0].fd = client->socket;
+		fds[0].events = POLLIN;
+		fds[1].fd = client->pidfd;
+		fds[1].events = POLLIN;
+		timeout = kucomms_poll_time(end);
+		if (poll(fds, 2, timeout) < 0)
+			return -errno;
+		memset(&message, 0, sizeof(message));
+		part.iov_base = (unsigned char *)record + have;
+		part.iov_len = sizeof(*record) - have;
+		message.msg_iov = &part;
+		message.msg_iovlen = 1;
+		message.msg_control = ancillary.space;
+		message.msg_controllen = sizeof(ancillary.space);
+		count = recvmsg(client->socket, &message,
+				MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+		if (count > 0) {
+			err = kucomms_record_files(&message, file);
+			if (err)
+				return err;
+			have += (size_t)count;
+		} else if (!count || errno == ECONNRESET || fds[1].revents) {
+			return -EPIPE;
+		} else if (errno != EAGAIN && errno != EINTR) {
+			return -errno;
+		} else if (!timeout) {
+			return -ETIMEDOUT;
+		}
+	}
+	return 0;
+}
+
+/*
+ * Receive a record and check all of it but the size of the ring. @file is -1
+ * or the descriptor that came with it, the caller's to close in any case.
+ * Return: 0, -EPIPE, -ETIMEDOUT, -EPROTO, -EPROTONOSUPPORT, -errno.
+ */
+static inline int kucomms_record_receive(struct kucomms_client *client,
+					 struct kucomms_rendezvous *record,
+					 uint32_t step, int *file, int64_t end)
+{
+	int err;
+
+	*file = -1;
+	err = kucomms_record_read(client, record, file, end);
+	if (err)
+		return err;
+	if (record->magic != KUCOMMS_MAGIC)
+		return -EPROTO;
+	if (record->version != KUCOMMS_ABI_VERSION)
+		return -EPROTONOSUPPORT;
+	if (record->step != step || record->reserved ||
+	    record->hello_length > KUCOMMS_HELLO_MAX)
+		return -EPROTO;
+	if (record->features & ~KUCOMMS_FEATURES)
+		return -EPROTONOSUPPORT;
+	if (step != KUCOMMS_STEP_SETUP)
+		return record->status || record->flags || *file >= 0 ?
+		       -EPROTO : 0;
+	if (record->flags & ~(uint32_t)KUCOMMS_SEALED ||
+	    (*file >= 0) != (record->status == KUCOMMS_ACCEPTED))
+		return -EPROTO;
+	return 0;
+}
+
+/* ---- connecting --------------------------------------------------------- */
+
+/* Map the memory that the listener made. Return: 0, -EPROTO, -errno. */
+static inline int kucomms_client_map(struct kucomms_client *client, int file,
+				     uint64_t ring_size)
+{
+	uint64_t side;
+	struct stat status;
+	int err;
+
+	if (!ring_size || kucomms_ring_size(ring_size) != ring_size)
+		return -EPROTO;
+	side = kucomms_side_size(ring_size);
+	if (fstat(file, &status))
+		return -errno;
+	if (!S_ISREG(status.st_mode) || (uint64_t)status.st_size != 2 * side)
+		return -EPROTO;
+	err = kucomms_channel_init(&client->channel, 1, ring_size, file, side);
+	if (err)
+		return err;
+	err = kucomms_channel_attach(&client->channel, file, 0);
+	if (err)
+		kucomms_channel_destroy(&client->channel);
+	return err;
+}
+
+static inline int kucomms_connect_handshake(struct kucomms_client *client,
+					    uint64_t ring_size, int64_t end)
+{
+	struct kucomms_rendezvous record;
+	int err, file;
+
+	kucomms_record_fill(&record, KUCOMMS_STEP_HELLO, ring_size);
+	err = kucomms_record_send(client->socket, &record, -1);
+	if (err)
+		return err;
+	err = kucomms_record_receive(client, &record, KUCOMMS_STEP_SETUP, &file,
+				     end);
+	if (err)
+		goto out;
+	switch (record.status) {
+	case KUCOMMS_ACCEPTED:
+		break;
+	case KUCOMMS_REFUSED_BUSY:
+		return -EBUSY;
+	case KUCOMMS_REFUSED_VERSION:
+		return -EPROTONOSUPPORT;
+	case KUCOMMS_REFUSED_MEMORY:
+		return -ENOMEM;
+	default:
+		return -EPROTO;
+	}
+	/* Sealed memory is for links between users; we make none of those. */
+	err = record.flags & KUCOMMS_SEALED ? -EPROTONOSUPPORT :
+	      kucomms_client_map(client, file, record.ring_size);
+	if (err)
+		goto out;
+	kucomms_record_fill(&record, KUCOMMS_STEP_ATTACH, record.ring_size);
+	err = kucomms_record_send(client->socket, &record, -1);
+	if (err)
+		kucomms_channel_destroy(&client->channel);
+out:
+	if (file >= 0)
+		close(file);
+	return err;
+}
+
+/* -EAGAIN when nobody is there (any more). */
+static inline int kucomms_connect_once(struct kucomms_client *client,
+				       const char *path, const char *name,
+				       uint64_t ring_size, int64_t end)
+{
+	int directory, err, fd;
+
+	directory = kucomms_directory_open(path);
+	if (directory < 0)
+		return directory == -ENOENT ? -EAGAIN : directory;
+	fd = kucomms_socket_new();
+	if (fd < 0) {
+		close(directory);
+		return fd;
+	}
+	err = kucomms_socket_connect(fd, directory, name);
+	close(directory);
+	if (err) {
+		close(fd);
+		return err == -ENOENT || err == -ECONNREFUSED ? -EAGAIN : err;
+	}
+	err = kucomms_client_begin(client, fd);
+	if (!err)
+		err = kucomms_connect_handshake(client, ring_size, end);
+	if (err)
+		kucomms_client_drop(client);
+	else
+		client->error = 0;
+	return err == -EPIPE ? -EAGAIN : err;
+}
+
+/**
+ * kucomms_connect - make a link to whoever listens at a URL
+ * @client: filled in; after an error kucomms_client_close() does nothing
+ * @url: shm://NAME
+ * @ring_size: bytes per direction, 0 for the listener's default
+ * @timeout_ms: how long to wait for a listener. With 0 it is tried once, and a
+ *		listener that is there has KUCOMMS_HANDSHAKE_MS to answer
+ *
+ * Return: 0, -EAGAIN or -ETIMEDOUT when nobody listens, -ETIMEDOUT also when
+ * somebody does and does not answer, -EBUSY, -EPERM, -EINVAL, -EINTR, -EPROTO,
+ * -EPROTONOSUPPORT, -ENOMEM when the listener has no memory, other -errno.
+ */
+static inline int kucomms_connect(struct kucomms_client *client,
+				  const char *url, uint64_t ring_size,
+				  int timeout_ms)
+{
+	int64_t end = kucomms_deadline(timeout_ms);
+	char name[KUCOMMS_NAME_MAX + 1];
+	int err, left, pause = 1;
+	char path[PATH_MAX];
+
+	kucomms_client_clear(client);
+	err = kucomms_url_name(url, name);
+	if (err)
+		return err;
+	err = kucomms_directory_path(path, sizeof(path));
+	if (err)
+		return err;
+	if (!timeout_ms)
+		end = kucomms_deadline(KUCOMMS_HANDSHAKE_MS);
+	for (;;) {
+		err = kucomms_connect_once(client, path, name, ring_size, end);
+		if (err != -EAGAIN || !timeout_ms)
+			return err;
+		left = kucomms_poll_time(end);
+		if (!left)
+			return -ETIMEDOUT;
+		if (left > 0 && left < pause)
+			pause = left;
+		if (poll(NULL, 0, pause) < 0)
+			return -errno;
+		if (pause < 20)
+			pause *= 2;
+	}
+}
+
+/* ---- listening ---------------------------------------------------------- */
+
+/*
+ * May this name be bound? What a dead listener left is removed; it is dead, too,
+ * when its socket lives on in a child. Return: 0, -EADDRINUSE or -errno.
+ */
+static inline int kucomms_name_take(int directory, const char *name)
+{
+	struct pollfd process;
+	int err, fd;
+
+	fd = kucomms_socket_new();
+	if (fd < 0)
+		return fd;
+	err = kucomms_socket_connect(fd, directory, name);
+	if (!err) {
+		process.fd = kucomms_peer_pidfd(fd);
+		process.events = POLLIN;
+		err = -EADDRINUSE;
+		if (process.fd == -ESRCH) {
+			err = -ECONNREFUSED;
+		} else if (process.fd >= 0) {
+			if (poll(&process, 1, 0) > 0)
+				err = -ECONNREFUSED;
+			close(process.fd);
+		}
+	}
+	close(fd);
+	if (err == -ENOENT)
+		return 0;
+	if (err == -EAGAIN)	/* it has more connectors than it accepts */
+		return -EADDRINUSE;
+	if (err != -ECONNREFUSED)
+		return err;
+	return unlinkat(directory, name, 0) && errno != ENOENT ? -errno : 0;
+}
+
+static inline int kucomms_listener_bind(struct kucomms_listener *listener)
+{
+	struct sockaddr_un address;
+	struct stat status;
+	int err;
+
+	err = kucomms_name_take(listener->directory, listener->name);
+	if (err)
+		return err;
+	listener->socket = kucomms_socket_new();
+	if (listener->socket < 0)
+		return listener->socket;
+	kucomms_socket_address(&address, listener->directory, listener->name);
+	if (bind(listener->socket, (const struct sockaddr *)&address,
+		 sizeof(address)))
+		goto err_socket;
+	if (listen(listener->socket, 128) ||
+	    fstatat(listener->directory, listener->name, &status,
+		    AT_SYMLINK_NOFOLLOW))
+		goto err_unlink;
+	listener->device = status.st_dev;
+	listener->inode = status.st_ino;
+	return 0;
+
+err_unlink:
+	err = -errno;
+	unlinkat(listener->directory, listener->name, 0);
+	close(listener->socket);
+	listener->socket = -1;
+	return err;
+err_socket:
+	err = -errno;
+	close(listener->socket);
+	listener->socket = -1;
+	return err;
+}
+
+/* Remove objects of our user whose maker died before it could unlink them. */
+static inline void kucomms_memory_sweep(void)
+{
+	DIR *directory = opendir("/dev/shm");
+	char name[NAME_MAX + 2];
+	struct dirent *entry;
+	unsigned int uid;
+	int pid;
+
+	if (!directory)
+		return;
+	while ((entry = readdir(directory))) {
+		if (sscanf(entry->d_name, "kucomms-%u-%d-", &uid, &pid) != 2 ||
+		    uid != geteuid() || pid <= 0)
+			continue;
+		if (!kill(pid, 0) || errno != ESRCH)
+			continue;
+		snprintf(name, sizeof(name), "/%s", entry->d_name);
+		shm_unlink(name);
+	}
+	closedir(directory);
+}
+
+/* New memory, that nobody else can find. Return: a descriptor or -errno. */
+static inline int kucomms_memory_create(uint64_t size)
+{
+	unsigned long long random[2];
+	char name[NAME_MAX];
+	int err, fd;
+
+	if (getrandom(random, sizeof(random), 0) != (ssize_t)sizeof(random))
+		return -EAGAIN;
+	snprintf(name, sizeof(name), "/kucomms-%u-%d-%016llx%016llx",
+		 (unsigned int)geteuid(), (int)getpid(), random[0], random[1]);
+	fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (fd < 0)
+		return -errno;
+	shm_unlink(name);
+	err = ftruncate(fd, (off_t)size) ? -errno : 0;
+	/* Allocated now, a full /dev/shm is an error; later it were SIGBUS. */
+	while (!err) {
+		err = -posix_fallocate(fd, 0, (off_t)size);
+		if (err != -EINTR)
+			break;
+		err = 0;
+	}
+	if (!err)
+		return fd;
+	close(fd);
+	return err;
+}
+
+/**
+ * kucomms_listener_open - take a name
+ * @listener: filled in; after an error kucomms_listener_close() does nothing
+ * @url: shm://NAME
+ * @ring_size: bytes per direction for those who ask for none, 0: the default
+ *
+ * Takes over what a dead listener left behind.
+ *
+ * Return: 0, -EADDRINUSE, -EINVAL, -EPERM or other -errno.
+ */
+static inline int kucomms_listener_open(struct kucomms_listener *listener,
+					const char *url, uint64_t ring_size)
+{
+	char path[PATH_MAX];
+	int err;
+
+	memset(listener, 0, sizeof(*listener));
+	listener->socket = -1;
+	listener->directory = -1;
+	err = kucomms_url_name(url, listener->name);
+	if (err)
+		return err;
+	listener->ring_size = kucomms_ring_size(ring_size ? ring_size :
+						KUCOMMS_RING_DEFAULT);
+	if (!listener->ring_size)
+		return -EINVAL;
+	listener->max_ring_size = KUCOMMS_RING_LIMIT;
+	if (listener->max_ring_size < listener->ring_size)
+		listener->max_ring_size = listener->ring_size;
+	err = kucomms_directory_path(path, sizeof(path));
+	if (err)
+		return err;
+	kucomms_memory_sweep();
+	do {
+		listener->directory = kucomms_directory_enter(path);
+		if (listener->directory < 0)
+			return listener->directory;
+		err = kucomms_listener_bind(listener);
+		flock(listener->directory, LOCK_UN);
+		if (err) {
+			close(listener->directory);
+			listener->directory = -1;
+		}
+	} while (err == -ENOENT);	/* the directory went away under us */
+	return err;
+}
+
+/**
+ * kucomms_listener_close - give the name back; links that were made live on
+ * @listener: of a listener that is closed, or was never opened, nothing happens
+ */
+static inline void kucomms_listener_close(struct kucomms_listener *listener)
+{
+	char path[PATH_MAX];
+	struct stat status;
+
+	if (listener->socket < 0)
+		return;
+	if (!kucomms_directory_lock(listener->directory)) {
+		if (!fstatat(listener->directory, listener->name, &status,
+			     AT_SYMLINK_NOFOLLOW) &&
+		    status.st_dev == listener->device &&
+		    status.st_ino == listener->inode)
+			unlinkat(listener->directory, listener->name, 0);
+		if (!kucomms_directory_path(path, sizeof(path)) &&
+		    kucomms_directory_current(listener->directory, path))
+			rmdir(path);	/* if nobody else listens there */
+	}
+	close(listener->directory);	/* and the lock with it */
+	close(listener->socket);
+	listener->directory = -1;
+	listener->socket = -1;
+}
+
+static inline void kucomms_listener_refuse(struct kucomms_client *client,
+					   uint32_t status)
+{
+	struct kucomms_rendezvous record;
+
+	kucomms_record_fill(&record, KUCOMMS_STEP_SETUP, 0);
+	record.status = status;
+	kucomms_record_send(client->socket, &record, -1);
+}
+
+static inline int kucomms_listener_handshake(struct kucomms_listener *listener,
+					     struct kucomms_client *client)
+{
+	int64_t end = kucomms_deadline(KUCOMMS_HANDSHAKE_MS);
+	struct kucomms_rendezvous record;
+	int err, file, memory;
+	uint64_t size, side;
+
+	err = kucomms_record_receive(client, &record, KUCOMMS_STEP_HELLO, &file,
+				     end);
+	if (file >= 0)
+		close(file);
+	if (err == -EPROTONOSUPPORT)
+		kucomms_listener_refuse(client, KUCOMMS_REFUSED_VERSION);
+	if (err)
+		return err;
+	size = listener->ring_size;
+	if (record.ring_size) {
+		size = kucomms_ring_size(record.ring_size);
+		if (!size || size > listener->max_ring_size)
+			size = listener->max_ring_size;
+	}
+	side = kucomms_side_size(size);
+	memory = kucomms_memory_create(2 * side);
+	err = memory < 0 ? memory :
+	      kucomms_channel_init(&client->channel, 0, size, memory, 0);
+	if (err) {
+		kucomms_listener_refuse(client, KUCOMMS_REFUSED_MEMORY);
+		goto out;
+	}
+	kucomms_record_fill(&record, KUCOMMS_STEP_SETUP, size);
+	err = kucomms_record_send(client->socket, &record, memory);
+	if (err)
+		goto err_channel;
+	err = kucomms_record_receive(client, &record, KUCOMMS_STEP_ATTACH,
+				     &file, end);
+	if (file >= 0)
+		close(file);
+	if (!err && record.ring_size != size)
+		err = -EPROTO;
+	if (!err)
+		err = kucomms_channel_attach(&client->channel, memory, side);
+	if (!err)
+		goto out;
+err_channel:
+	kucomms_channel_destroy(&client->channel);
+out:
+	if (memory >= 0)
+		close(memory);
+	return err;
+}
+
+/**
+ * kucomms_listener_accept - make a link with the next that connects
+ * @listener: open
+ * @client: filled in; after an error kucomms_client_close() does nothing
+ * @timeout_ms: how long to wait
+ *
+ * Who breaks the rules of the rendezvous, or is not done with it within
+ * KUCOMMS_HANDSHAKE_MS, is dropped and counted, and the next one taken.
+ * To wait for more than one thing, poll() for @listener->socket to be readable
+ * and accept with timeout 0.
+ *
+ * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR, -ENOSPC or -ENOMEM when there is no
+ * memory for the rings, other -errno.
+ */
+static inline int kucomms_listener_accept(struct kucomms_listener *listener,
+					  struct kucomms_client *client,
+					  int timeout_ms)
+{
+	int64_t end = kucomms_deadline(timeout_ms);
+	struct pollfd ready;
+	int err, fd, left;
+
+	kucomms_client_clear(client);
+	for (;;) {
+		left = kucomms_poll_time(end);
+		ready.fd = listener->socket;
+		ready.events = POLLIN;
+		err = poll(&ready, 1, left);
+		if (err < 0)
+			return -errno;
+		if (!err)
+			return timeout_ms ? -ETIMEDOUT : -EAGAIN;
+		/* As a system call: accept4() is for _GNU_SOURCE only. */
+		fd = (int)syscall(SYS_accept4, listener->socket, NULL, NULL,
+				  SOCK_CLOEXEC | SOCK_NONBLOCK);
+		if (fd < 0) {
+			if (errno == EAGAIN || errno == ECONNABORTED)
+				continue;
+			return -errno;
+		}
+		err = kucomms_client_begin(client, fd);
+		if (!err)
+			err = kucomms_listener_handshake(listener, client);
+		if (!err) {
+			client->error = 0;
+			return 0;
+		}
+		kucomms_client_drop(client);
+		if (err != -EPROTO && err != -EPROTONOSUPPORT &&
+		    err != -EPERM && err != -EPIPE && err != -ETIMEDOUT)
+			return err;
+		listener->dropped++;
+		if (!left)
+			return timeout_ms ? -ETIMEDOUT : -EAGAIN;
+	}
+}
+
+/* ---- the doorbell and the peer's life ----------------------------------- */
+
+/* No more will come, so what the peer left half-written is to be skipped. */
+static inline void kucomms_client_lost(struct kucomms_client *client)
+{
+	client->gone = 1;
+	client->channel.rx.final = 1;
+}
+
+static inline int kucomms_client_ring(struct kucomms_client *client)
+{
+	const unsigned char bell = KUCOMMS_DOORBELL;
+	ssize_t sent;
+
+	do {
+		sent = send(client->socket, &bell, 1,
+			    MSG_DONTWAIT | MSG_NOSIGNAL);
+	} while (sent < 0 && errno == EINTR);
+	/* A full buffer is full of bells: it has been rung. */
+	if (sent >= 0 || errno == EAGAIN)
+		return 0;
+	if (errno != EPIPE && errno != ECONNRESET)
+		return -errno;
+	kucomms_client_lost(client);
+	return -EPIPE;
+}
+
+/* Take the bells off the socket. Return: 0, -EPROTO or -errno. */
+static inline int kucomms_client_drain(struct kucomms_client *client)
+{
+	unsigned char bells[4096];
+	ssize_t count, i;
+
+	do {
+		count = recv(client->socket, bells, sizeof(bells),
+			     MSG_DONTWAIT);
+	} while (count < 0 && errno == EINTR);
+	if (!count || (count < 0 && errno == ECONNRESET)) {
+		kucomms_client_lost(client);
+		return 0;
+	}
+	if (count < 0)
+		return errno == EAGAIN ? 0 : -errno;
+	for (i = 0; i < count; i++) {
+		if (bells[i] == KUCOMMS_DOORBELL)
+			continue;
+		client->error = kucomms_channel_fault(&client->channel,
+						      -EPROTO);
+		return client->error;
+	}
+	return 0;
+}
+
+/*
+ * Wait for the doorbell or the peer's end, at most until @end. Return: 0 when
+ * there was a sign of either, -ETIMEDOUT, -EINTR, -EPROTO, -errno.
+ */
+static inline int kucomms_client_wait(struct kucomms_client *client,
+				      int64_t end)
+{
+	int timeout = kucomms_poll_time(end);
+	struct pollfd fds[2];
+	int err = 0;
+
+	fds[0].fd = client->socket;
+	fds[0].events = POLLIN;
+	fds[1].fd = client->pidfd;
+	fds[1].events = POLLIN;
+	if (poll(fds, 2, timeout) < 0)
+		return -errno;
+	client->looked = kucomms_now(CLOCK_MONOTONIC_COARSE);
+	if (fds[0].revents)
+		err = kucomms_client_drain(client);
+	if (client->pidfd >= 0 && fds[1].revents)
+		kucomms_client_lost(client);
+	if (err || client->gone)
+		return err;
+	/* Also when there were bells: a peer could go on ringing for ever. */
+	return timeout ? 0 : -ETIMEDOUT;
+}
+
+/* Look now. Return: 0, -EPROTO, -errno. */
+static inline int kucomms_client_look(struct kucomms_client *client)
+{
+	int err = kucomms_client_wait(client, 0);
+
+	return err == -ETIMEDOUT || err == -EINTR ? 0 : err;
+}
+
+/*
+ * What says that the peer is gone: its producer page at the price of a load,
+ * the descriptors only now and then. Return: 0, -EPROTO, -errno.
+ */
+static inline int kucomms_client_check(struct kucomms_client *client)
+{
+	if (client->gone)
+		return 0;
+	if (kucomms_ring_peer_state(&client->channel.rx) !=
+	    KUCOMMS_STATE_OPEN) {
+		kucomms_client_lost(client);
+		return 0;
+	}
+	if (kucomms_now(CLOCK_MONOTONIC_COARSE) - client->looked <
+	    KUCOMMS_LIVENESS_MS * 1000000LL)
+		return 0;
+	return kucomms_client_look(client);
+}
+
+/*
+ * Say that we sleep, for messages and (unless @length is negative) for space.
+ * Return: 0 sleep, 1 try again instead.
+ */
+static inline int kucomms_client_park(struct kucomms_client *client,
+				      int receive, ssize_t length)
+{
+	struct kucomms_channel *channel = &client->channel;
+
+	if (receive && kucomms_channel_park_rx(channel))
+		return 1;
+	if (length >= 0 && kucomms_channel_park_tx(channel, (uint32_t)length))
+		return 1;
+	return client->gone ||
+	       kucomms_ring_peer_state(&channel->rx) != KUCOMMS_STATE_OPEN;
+}
+
+/* ---- sending and receiving ---------------------------------------------- */
+
+static inline int kucomms_client_send_flags(struct kucomms_client *client,
+					    const void *data, size_t length,
+					    uint32_t flags, uint64_t type,
+					    uint64_t id, uint64_t user_value,
+					    int timeout_ms)
+{
+	int64_t end = kucomms_deadline(timeout_ms);
+	int err;
+
+	for (;;) {
+		if (client->error)
+			return client->error;
+		if (length > kucomms_message_max(client->channel.ring_size))
+			return -EMSGSIZE;
+		err = kucomms_client_check(client);
+		if (err)
+			return err;
+		if (client->gone)
+			return -EPIPE;
+		err = kucomms_channel_send(&client->channel, data,
+					   (uint32_t)length, flags, type, id,
+					   user_value);
+		if (err == 1)
+			return kucomms_client_ring(client);
+		if (err == -EPROTO)
+			client->error = err;
+		if (err != -EAGAIN || !timeout_ms)
+			return err;
+		if (kucomms_client_park(client, 0, (ssize_t)length))
+			continue;
+		err = kucomms_client_wait(client, end);
+		if (err)
+			return err;
+	}
+}
+
+/**
+ * kucomms_client_send - send a message
+ * @client: the link
+ * @data: copied; may be NULL when @length is 0
+ * @length: in bytes, at most the ring less one header
+ * @type: the user's, no value reserved
+ * @id: the user's, no value reserved
+ * @user_value: the user's, no value reserved
+ * @timeout_ms: how long to wait while the ring is full
+ *
+ * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR (not sent, all three), -EMSGSIZE,
+ * -EPIPE when the peer is gone, -EPROTO, -EBADF.
+ */
+static inline int kucomms_client_send(struct kucomms_client *client,
+				      const void *data, size_t length,
+				      uint64_t type, uint64_t id,
+				      uint64_t user_value, int timeout_ms)
+{
+	return kucomms_client_send_flags(client, data, length, 0, type, id,
+					 user_value, timeout_ms);
+}
+
+/**
+ * kucomms_client_reply - answer a request
+ * @client: the link
+ * @request: what was received, whose type, id and user value are sent back
+ * @data: copied; may be the request's own
+ * @length: in bytes
+ * @timeout_ms: how long to wait while the ring is full
+ *
+ * Return: as kucomms_client_send().
+ */
+static inline int kucomms_client_reply(struct kucomms_client *client,
+				       const struct kucomms_view *request,
+				       const void *data, size_t length,
+				       int timeout_ms)
+{
+	return kucomms_client_send_flags(client, data, length,
+					 KUCOMMS_FLAG_REPLY, request->type,
+					 request->id, request->user_value,
+					 timeout_ms);
+}
+
+/* Look at the front. Return: 0, -EAGAIN, -EPIPE, -EPROTO, -errno. */
+static inline int kucomms_client_peek(struct kucomms_client *client,
+				      struct kucomms_view *view)
+{
+	struct kucomms_channel *channel = &client->channel;
+	int err = kucomms_channel_peek(channel, view);
+
+	if (err == -EAGAIN) {
+		err = kucomms_client_check(client);
+		if (err)
+			return err;
+		/* Look again: it may have sent more before it went. */
+		err = kucomms_channel_peek(channel, view);
+		if (err == -EAGAIN && client->gone)
+			return -EPIPE;
+	}
+	if (err == -EPROTO)
+		client->error = err;
+	return err;
+}
+
+/* Give back what was read or skipped. */
+static inline void kucomms_client_give_back(struct kucomms_client *client)
+{
+	if (client->channel.rx.position != client->channel.rx.published &&
+	    kucomms_channel_release(&client->channel))
+		kucomms_client_ring(client);
+}
+
+/**
+ * kucomms_client_receive - get the next message, in place
+ * @client: the link
+ * @view: filled in; @view->data is valid until it is released or the link
+ *	  closed. A peer that breaks the rules may change it meanwhile, so copy
+ *	  what is checked first and used then
+ * @timeout_ms: how long to wait
+ *
+ * Until it is released the same message is received again.
+ *
+ * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR, -EPIPE when the peer is gone and all
+ * that it sent was received, -EPROTO, -EBADF.
+ */
+static inline int kucomms_client_receive(struct kucomms_client *client,
+					 struct kucomms_view *view,
+					 int timeout_ms)
+{
+	int64_t end = kucomms_deadline(timeout_ms);
+	int err;
+
+	for (;;) {
+		if (client->error)
+			return client->error;
+		err = kucomms_client_peek(client, view);
+		if (err != -EAGAIN)
+			return err;
+		kucomms_client_give_back(client);
+		if (!timeout_ms)
+			return err;
+		if (kucomms_client_park(client, 1, -1))
+			continue;
+		err = kucomms_client_wait(client, end);
+		if (err)
+			return err;
+	}
+}
+
+/**
+ * kucomms_client_release - done with a message
+ * @client: the link
+ * @view: what kucomms_client_receive() gave last
+ */
+static inline void kucomms_client_release(struct kucomms_client *client,
+					  const struct kucomms_view *view)
+{
+	if (client->error)
+		return;
+	kucomms_channel_advance(&client->channel, view);
+	kucomms_client_give_back(client);
+}
+
+/* ---- poll loops --------------------------------------------------------- */
+
+/**
+ * kucomms_client_fd - a descriptor to poll for POLLIN
+ * @client: the link, which goes on owning the descriptor
+ *
+ * What a poll loop does, over and over: send and receive with timeout 0 until
+ * that gives -EAGAIN; then kucomms_client_arm(); if that returns 0, poll().
+ *
+ * Return: the descriptor or -errno.
+ */
+static inline int kucomms_client_fd(struct kucomms_client *client)
+{
+	struct epoll_event event;
+	int err, fd;
+
+	if (client->socket < 0)
+		return -EBADF;
+	if (client->epoll >= 0)
+		return client->epoll;
+	fd = epoll_create1(EPOLL_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	memset(&event, 0, sizeof(event));
+	event.events = EPOLLIN;
+	if (epoll_ctl(fd, EPOLL_CTL_ADD, client->socket, &event) ||
+	    (client->pidfd >= 0 &&
+	     epoll_ctl(fd, EPOLL_CTL_ADD, client->pidfd, &event))) {
+		err = -errno;
+		close(fd);
+		return err;
+	}
+	client->epoll = fd;
+	return fd;
+}
+
+/**
+ * kucomms_client_arm - the last thing to do before poll()
+ * @client: the link
+ * @receive: wake up for messages
+ * @length: wake up when a message of this length can be sent; -1 for no
+ *
+ * Every other call disarms: doorbells that it finds are taken off the socket.
+ *
+ * Return: 0 poll now, 1 something can be done already, -EPROTO, -EBADF.
+ */
+static inline int kucomms_client_arm(struct kucomms_client *client, int receive,
+				     ssize_t length)
+{
+	int err = client->error;
+
+	if (!err)
+		err = kucomms_client_look(client);
+	return err ? err : kucomms_client_park(client, receive, length);
+}
+
+/* ---- closing ------------------------------------------------------------ */
+
+/**
+ * kucomms_client_close - close the link in order
+ * @client: of a link that is closed, or was never made, nothing happens
+ *
+ * What was sent before is still delivered.
+ */
+static inline void kucomms_client_close(struct kucomms_client *client)
+{
+	unsigned char bells[4096];
+
+	if (client->socket < 0)
+		return;
+	/* After a breach of the rules the peer shall see no orderly end. */
+	if (client->error != -EPROTO) {
+		kucomms_channel_close(&client->channel, KUCOMMS_STATE_CLOSED);
+		kucomms_client_ring(client);
+	}
+	shutdown(client->socket, SHUT_RDWR);
+	/* Bells that nobody read would make our end a "connection reset". */
+	while (recv(client->socket, bells, sizeof(bells), MSG_DONTWAIT) > 0)
+		;
+	kucomms_client_drop(client);
+	kucomms_channel_destroy(&client->channel);
+}
+
+#endif /* _KUCOMMS_CLIENT_H */

@@ -1,0 +1,1054 @@
+# SPDX-License-Identifier: MIT
+"""Link: one of an endpoint's connections to a peer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kucomms import _core
+from kucomms._core import (
+    CLOSED,
+    EMPTY,
+    FLAG_REPLY,
+    FORKED,
+    FULL,
+    HEADER_SIZE,
+    OK,
+    PROTOCOL,
+    STATE_CLOSED,
+    STATE_SHUTDOWN,
+    TOO_LARGE,
+    TOO_MANY_LOANS,
+    WRONG_THREAD,
+)
+from kucomms.exceptions import (
+    ClosedError,
+    HeaderValueError,
+    KucommsError,
+    MessageTooLargeError,
+    PeerClosedError,
+    ProtocolError,
+    QueueEmpty,
+    QueueFull,
+    ShutdownError,
+    TransportError,
+    UsageError,
+)
+from kucomms.message import Message
+from kucomms.statistics import LinkStatistics
+
+if TYPE_CHECKING:
+    from kucomms.endpoint import Endpoint
+    from kucomms.transports.base import Connection, Peer
+
+__all__ = ["Borrowed", "Link", "Loan"]
+
+T = TypeVar("T")
+
+_UNLIMITED = 1 << 62
+_FILL = 32
+"""Messages taken from the ring at once for tasks that await them."""
+
+
+class _Ticket:
+    """A task's place in a queue."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_exception(error)
+
+    async def wait(self) -> None:
+        self._future = asyncio.get_running_loop().create_future()
+        try:
+            await self._future
+        finally:
+            self._future = None
+
+
+class _ThreadTicket:
+    """A thread's place in a queue."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    def rest(self) -> None:
+        """What comes after this ends the next wait."""
+        self._event.clear()
+
+    def wait(self, timeout: float | None) -> bool:
+        return self._event.wait(timeout)
+
+
+class Link:
+    """A two-way connection to one peer.
+
+    Made by ``Endpoint.connect``, by ``kucomms.connect``, or by a listener of an
+    endpoint, never directly. Messages arrive in order, each whole, each once.
+
+    All methods but ``send_threadsafe`` belong to the thread of the endpoint's loop;
+    others get ``UsageError`` there. After a fork the child cannot use it.
+
+    What sending methods share: ``data`` is bytes-like (else ``TypeError``) or a
+    ``Message``, whose header the given keywords override; ``type``, ``id`` and
+    ``user_value`` are unsigned 64-bit integers, 0 when not given (else
+    ``HeaderValueError``). They raise ``MessageTooLargeError`` for more than
+    ``max_message_size`` bytes, ``ClosedError`` after ``aclose``, ``PeerClosedError``
+    when the peer has closed or died, ``ProtocolError`` when it broke the rules. When
+    they raise, nothing was sent.
+    """
+
+    def __init__(self, endpoint: Endpoint, connection: Connection) -> None:
+        self._endpoint = endpoint
+        self._connection = connection
+        self._channel = connection.channel
+        self._channel_send = connection.channel.send
+        self._url = connection.url
+        self._ring_size = connection.channel.ring_size
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._send_queue: deque[_Ticket | _ThreadTicket] = deque()
+        self._receive_queue: deque[_Ticket] = deque()
+        # taken out of the ring, not yet handed out; older than all in the ring
+        self._inbox: deque[Message] = deque()
+        self._inbox_bytes = 0
+        self._backlog_full = False
+        self._requests: dict[int, asyncio.Future[Message]] = {}
+        self._next_id = 0
+        # for the endpoint: whether it is in its list of links to look at
+        self._queued = False
+        self._peer_gone = False
+        self._over = False
+        self._closed_here = False
+        self._error: KucommsError | None = None
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._doorbells_heard = 0
+        self._late_replies = 0
+        self._backlog_high_water = 0
+        self._polls_hit = 0
+        self._polls_missed = 0
+
+    def __repr__(self) -> str:
+        state = "closed" if self._over else "peer gone" if self._peer_gone else "open"
+        return f"<Link {self._url} {state}>"
+
+    # ---- what it is ---------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """The URL that was listened at or connected to."""
+        return self._url
+
+    @property
+    def peer(self) -> Peer:
+        """Who is at the other side."""
+        return self._connection.peer
+
+    @property
+    def ring_size(self) -> int:
+        """Bytes of each direction's ring."""
+        return self._ring_size
+
+    @property
+    def max_message_size(self) -> int:
+        """Bytes of the largest message."""
+        return _core.max_message_size(self._ring_size)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent or received.
+
+        True after ``aclose``, and after the peer has gone and all that it sent was
+        received.
+        """
+        return self._over
+
+    @property
+    def tx_avail(self) -> int:
+        """Bytes, headers included, that were sent and that the peer has not read yet."""
+        return self._channel.tx_avail
+
+    @property
+    def tx_free(self) -> int:
+        """Bytes, 32 of header for each message included, that can be sent at once now."""
+        return self._channel.tx_free
+
+    @property
+    def rx_avail(self) -> int:
+        """Bytes, headers included, that have arrived and were not received yet."""
+        return self._channel.rx_avail + self._inbox_bytes
+
+    @property
+    def rx_free(self) -> int:
+        """Bytes of the ring in which the peer sends that are free."""
+        return self._ring_size - self._channel.rx_avail if not self._over else 0
+
+    def statistics(self) -> LinkStatistics:
+        """The counts of this link; still there after it is closed."""
+        (sent, sent_bytes, received, received_bytes, full, rung, suppressed, errors, tx_high,
+         rx_high) = self._channel.counters()
+        return LinkStatistics(
+            messages_sent=sent,
+            bytes_sent=sent_bytes,
+            messages_received=received,
+            bytes_received=received_bytes,
+            full_waits=full,
+            doorbells_rung=rung,
+            doorbells_suppressed=suppressed,
+            doorbells_heard=self._doorbells_heard,
+            polls_hit=self._polls_hit,
+            polls_missed=self._polls_missed,
+            protocol_errors=max(errors, int(isinstance(self._error, ProtocolError))),
+            late_replies=self._late_replies,
+            tx_high_water=tx_high,
+            rx_high_water=rx_high,
+            backlog_high_water=self._backlog_high_water,
+        )
+
+    # ---- sending ------------------------------------------------------------
+
+    async def send(
+        self,
+        data: Any,
+        *,
+        type: int | None = None,
+        id: int | None = None,
+        user_value: int | None = None,
+    ) -> None:
+        """Send a message; wait while the ring is full.
+
+        Tasks are served first come, first served. Cancelled means not sent. In a
+        handler it raises ``QueueFull`` when the endpoint's backlog is full as well:
+        else two endpoints that wait for each other would wait for ever.
+        """
+        if not self._send_queue:
+            try:
+                status = self._channel_send(data, type, id, user_value, 0)
+            except (TypeError, OverflowError, BufferError) as error:
+                raise self._bad_argument(error) from None
+            if status == OK:
+                return
+            if status != FULL:
+                raise self._send_error(status, data)
+        await self._send_when_room(data, type, id, user_value, 0)
+
+    def send_nowait(
+        self,
+        data: Any,
+        *,
+        type: int | None = None,
+        id: int | None = None,
+        user_value: int | None = None,
+    ) -> None:
+        """Send a message now. Raises ``QueueFull``, also while others wait in ``send``."""
+        if self._send_queue:
+            raise self._send_error(FULL, data)
+        try:
+            status = self._channel_send(data, type, id, user_value, 0)
+        except (TypeError, OverflowError, BufferError) as error:
+            raise self._bad_argument(error) from None
+        if status != OK:
+            raise self._send_error(status, data)
+
+    def send_threadsafe(
+        self,
+        data: Any,
+        *,
+        type: int | None = None,
+        id: int | None = None,
+        user_value: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Send a message from any thread; block while the ring is full.
+
+        Waits in the same queue as ``send``. After ``timeout`` seconds it raises
+        ``QueueFull``, and nothing was sent; None waits for ever. In the thread of the
+        endpoint's loop, where waiting would stop what it waits for, it raises
+        ``UsageError`` instead of waiting.
+        """
+        send = self._channel.send_threadsafe
+        status = FULL
+        if not self._send_queue:
+            try:
+                status = send(data, type, id, user_value, 0)
+            except (TypeError, OverflowError, BufferError) as error:
+                raise self._bad_argument(error) from None
+        if status == OK:
+            return
+        if status != FULL:
+            raise self._send_error(status, data)
+        if threading.get_ident() == self._thread:
+            raise UsageError(
+                f"{self._url}: the ring is full, and this is the thread of the endpoint's loop, "
+                "which must not block; use 'await link.send(...)' here"
+            )
+        deadline = None if timeout is None else monotonic() + timeout
+        size = _size_of(data)
+        ticket = _ThreadTicket()
+        self._send_queue.append(ticket)
+        try:
+            while True:
+                ticket.rest()
+                if self._send_queue[0] is ticket:
+                    try:
+                        status = send(data, type, id, user_value, 0)
+                    except (TypeError, OverflowError, BufferError) as error:
+                        raise self._bad_argument(error) from None
+                    if status == OK:
+                        return
+                    if status != FULL:
+                        raise self._send_error(status, data)
+                    if self._channel.park_send(size):
+                        continue
+                remaining = None if deadline is None else deadline - monotonic()
+                if (remaining is not None and remaining <= 0) or not ticket.wait(remaining):
+                    raise QueueFull(
+                        f"{self._url}: no room in the ring for {timeout} s; the peer does not "
+                        "read fast enough"
+                    )
+        finally:
+            self._leave_send_queue(ticket)
+
+    async def send_many(self, messages: Iterable[Any]) -> int:
+        """Send messages (each a ``Message`` or bytes-like) in order, in few steps.
+
+        Waits while the ring is full; returns how many were sent, which is all of them.
+        When it raises or is cancelled, a prefix of them was sent.
+        """
+        batch = messages if isinstance(messages, list | tuple) else list(messages)
+        sent = 0
+        if not self._send_queue:
+            sent = self._send_some(batch, 0)
+        if sent < len(batch):
+            ticket = _Ticket()
+            self._send_queue.append(ticket)
+            try:
+                while True:
+                    if self._send_queue[0] is ticket:
+                        sent += self._send_some(batch, sent)
+                        if sent == len(batch):
+                            break
+                        if self._channel.park_send(_size_of(batch[sent])):
+                            continue
+                    await self._wait_in_send_queue(ticket)
+            finally:
+                self._leave_send_queue(ticket)
+        return sent
+
+    def send_many_nowait(self, messages: Iterable[Any]) -> int:
+        """Send as many as there is room for now; returns how many, 0 when full."""
+        if self._send_queue:
+            return 0
+        batch = messages if isinstance(messages, list | tuple) else list(messages)
+        return self._send_some(batch, 0)
+
+    def _send_some(self, batch: list[Any] | tuple[Any, ...], start: int) -> int:
+        """Send from batch[start] on until the ring is full."""
+        count = start
+        while count < len(batch):
+            try:
+                sent, status = self._channel.send_many(batch, count)
+            except (TypeError, OverflowError, BufferError) as error:
+                raise self._bad_argument(error) from None
+            count += sent
+            if status == FULL:
+                break
+            if status != OK:
+                raise self._send_error(status, batch[count])
+        return count - start
+
+    def loan(
+        self,
+        size: int,
+        *,
+        type: int | None = None,
+        id: int | None = None,
+        user_value: int | None = None,
+    ) -> Loan:
+        """Zero-copy send: ``with link.loan(size) as loan: loan.data[:] = ...``.
+
+        ``loan.data`` is a writable memoryview of ``size`` bytes in the ring, not
+        cleared. Leaving the block sends the message; an exception discards it.
+        Raises ``QueueFull`` when there is no room, others wait in ``send``, or 64 loans
+        are out. A slice that survives the block raises ``BufferError`` at its end, and
+        the message is discarded. The peer sees messages in the order of the loans, and
+        nothing that comes after an unfinished one.
+        """
+        return Loan(self, size, type, id, user_value)
+
+    def _reserve(
+        self, size: int, type: int | None, id: int | None, user_value: int | None
+    ) -> _core.Reservation:
+        if self._send_queue:
+            raise self._send_error(FULL, None)
+        try:
+            reservation = self._channel.reserve(size, type, id, user_value)
+        except (TypeError, OverflowError) as error:
+            raise self._bad_argument(error) from None
+        if isinstance(reservation, int):
+            raise self._send_error(reservation, None, size)
+        return reservation
+
+    async def _send_when_room(
+        self,
+        data: Any,
+        type: int | None,
+        id: int | None,
+        user_value: int | None,
+        flags: int,
+    ) -> None:
+        """Queue up and send as soon as there is room."""
+        ticket = _Ticket()
+        self._send_queue.append(ticket)
+        try:
+            while True:
+                if self._send_queue[0] is ticket:
+                    try:
+                        status = self._channel_send(data, type, id, user_value, flags)
+                    except (TypeError, OverflowError, BufferError) as error:
+                        raise self._bad_argument(error) from None
+                    if status == OK:
+                        return
+                    if status != FULL:
+                        raise self._send_error(status, data)
+                    if self._channel.park_send(_size_of(data)):
+                        continue
+                elif self._cannot_send():
+                    raise self._closed_error()
+                await self._wait_in_send_queue(ticket)
+        finally:
+            self._leave_send_queue(ticket)
+
+    async def _wait_in_send_queue(self, ticket: _Ticket) -> None:
+        self._check_thread()
+        endpoint = self._endpoint
+        if not endpoint._is_current_handler():
+            await ticket.wait()
+            return
+        # A handler waits: nobody else takes messages out of the rings meanwhile.
+        endpoint._keep_draining()
+        if self._cannot_send():
+            return
+        if endpoint._backlog_is_full:
+            raise self._backlog_error()
+        endpoint._handler_waits = ticket.fail
+        try:
+            await ticket.wait()
+        finally:
+            endpoint._handler_waits = None
+
+    def _leave_send_queue(self, ticket: _Ticket | _ThreadTicket) -> None:
+        self._send_queue.remove(ticket)
+        try:
+            head = self._send_queue[0]
+        except IndexError:
+            return
+        if isinstance(head, _ThreadTicket) or threading.get_ident() == self._thread:
+            head.wake()
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(head.wake)
+
+    # ---- receiving ----------------------------------------------------------
+
+    async def receive(self) -> Message:
+        """The next message; waits for one.
+
+        For links without a message handler (else ``UsageError``). Tasks are served
+        first come, first served; cancelling loses nothing. When the peer is gone: what
+        it committed first, then ``PeerClosedError``.
+        """
+        self._check_receive()
+        if not self._receive_queue:
+            message = self._take()
+            if message is not None:
+                return message
+        return await self._wait_for(self._take)
+
+    def receive_nowait(self) -> Message:
+        """The next message. Raises ``QueueEmpty``, also while others wait in ``receive``."""
+        self._check_receive()
+        message = None if self._receive_queue else self._take()
+        if message is None:
+            raise QueueEmpty(f"{self._url}: no message is waiting; 'await link.receive()' waits")
+        return message
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        """Each message as it comes; ends when the link was closed in order."""
+        return self
+
+    async def __anext__(self) -> Message:
+        """See ``__aiter__``."""
+        try:
+            return await self.receive()
+        except (PeerClosedError, ClosedError):
+            if self._error is None:
+                raise StopAsyncIteration from None
+            raise
+
+    def borrow(self) -> Borrowed:
+        """Zero-copy receive: ``async with link.borrow() as message: ...``.
+
+        As ``receive``, but ``message.data`` is a read-only memoryview into the ring,
+        which a hostile peer can change under it. It is released at the end of the
+        block; a slice that survives raises ``BufferError`` there, and the bytes stay
+        taken until it dies.
+        """
+        self._check_receive()
+        return Borrowed(self)
+
+    def _take(self) -> Message | None:
+        """The next message if there is one. Raises when none can come any more."""
+        if not self._inbox:
+            self._fill()
+        if self._inbox:
+            return self._take_from_inbox()
+        self._raise_if_ended()
+        return None
+
+    def _take_from_inbox(self) -> Message:
+        message = self._inbox.popleft()
+        span = len(message.data) + HEADER_SIZE
+        self._inbox_bytes -= span
+        self._endpoint._backlog_used -= span
+        if self._backlog_full:
+            self._endpoint._backlog_eased(self)
+        return message
+
+    def _fill(self) -> None:
+        messages: list[Message] = []
+        replies: list[Message] = []
+        status = self._channel.receive(_FILL, _UNLIMITED, messages, replies)
+        if messages:
+            self._add_to_inbox(messages)
+        if replies:
+            self._resolve(replies)
+        if status != OK:
+            self._receive_failed(status)
+        if self._peer_gone and not messages and not replies:
+            self._finish()
+
+    def _take_borrow(self) -> _core.Borrow | Message | None:
+        while not self._inbox:
+            borrow = self._channel.borrow()
+            if isinstance(borrow, int):
+                if borrow not in (EMPTY, CLOSED):
+                    self._receive_failed(borrow)
+                if self._peer_gone:
+                    self._finish()
+                self._raise_if_ended()
+                return None
+            if not borrow.flags & FLAG_REPLY:
+                return borrow
+            data = memoryview(borrow)
+            reply = Message(bytes(data), borrow.type, borrow.id, borrow.user_value)
+            data.release()
+            borrow.release()
+            self._resolve([reply])
+        return self._take_from_inbox()
+
+    async def _wait_for(self, take: Callable[[], T | None]) -> T:
+        ticket = _Ticket()
+        self._receive_queue.append(ticket)
+        try:
+            while True:
+                if self._receive_queue[0] is ticket:
+                    result = take()
+                    if result is not None:
+                        return result
+                    if self._channel.park_receive():
+                        continue
+                await ticket.wait()
+        finally:
+            self._receive_queue.remove(ticket)
+            if self._receive_queue:
+                self._receive_queue[0].wake()
+
+    def _check_receive(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise self._send_error(WRONG_THREAD, None)
+        if self._channel.forked:
+            raise self._send_error(FORKED, None)
+        if self._endpoint._has_message_handler:
+            raise UsageError(
+                f"{self._url}: the endpoint has a message handler, which gets the messages of "
+                "all its links; remove the handler, or receive on a kucomms.connect() link"
+            )
+
+    def _raise_if_ended(self) -> None:
+        if self._over:
+            raise self._closed_error()
+
+    # ---- requests -----------------------------------------------------------
+
+    async def request(
+        self,
+        data: Any,
+        *,
+        type: int | None = None,
+        id: int | None = None,
+        user_value: int | None = None,
+        timeout: float | None = None,
+    ) -> Message:
+        """Send a message and wait for the reply to it.
+
+        ``id``: any that is not pending on this link; when not given, one is drawn. The
+        peer answers with ``link.reply(message, ...)``, and only that counts as a reply.
+        After ``timeout`` seconds (None: never) it raises ``TimeoutError``; a reply that
+        comes later is dropped and counted. ``PeerClosedError`` when the peer goes
+        without answering. Works inside handlers. Without a message handler it takes
+        the messages before the reply into the backlog, for ``receive``; when that is
+        full, somebody has to receive before the reply can come.
+        """
+        self._check_thread()
+        if id is None and isinstance(data, Message) and data.id:
+            id = data.id
+        if id is None:
+            id = self._draw_id()
+        elif id in self._requests:
+            raise UsageError(
+                f"{self._url}: a request with id {id} is pending already; leave id out to have "
+                "one drawn"
+            )
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._requests[id] = future
+        try:
+            async with asyncio.timeout(timeout):
+                await self.send(data, type=type, id=id, user_value=user_value)
+                return await self._wait_for_reply(future)
+        except TimeoutError as error:
+            if isinstance(error, KucommsError):
+                raise
+            raise TimeoutError(
+                f"{self._url}: no reply to request {id} within {timeout} s"
+            ) from None
+        finally:
+            del self._requests[id]
+
+    async def reply(
+        self,
+        message: Message,
+        data: Any,
+        *,
+        type: int | None = None,
+        user_value: int | None = None,
+    ) -> None:
+        """Answer a message that the peer has sent with ``request``.
+
+        ``message`` says which one: the reply has its id, and its type unless another
+        is given. Otherwise as ``send``.
+        """
+        if type is None:
+            type = message.type
+        if not self._send_queue:
+            try:
+                status = self._channel_send(data, type, message.id, user_value, FLAG_REPLY)
+            except (TypeError, OverflowError, BufferError) as error:
+                raise self._bad_argument(error) from None
+            if status == OK:
+                return
+            if status != FULL:
+                raise self._send_error(status, data)
+        await self._send_when_room(data, type, message.id, user_value, FLAG_REPLY)
+
+    def _draw_id(self) -> int:
+        while True:
+            self._next_id = self._next_id + 1 & 0xFFFFFFFFFFFFFFFF
+            if self._next_id and self._next_id not in self._requests:
+                return self._next_id
+
+    async def _wait_for_reply(self, future: asyncio.Future[Message]) -> Message:
+        endpoint = self._endpoint
+        if endpoint._is_current_handler():
+            endpoint._keep_draining()
+            if endpoint._backlog_is_full and not future.done():
+                raise self._backlog_error()
+
+            def fail(error: BaseException) -> None:
+                if not future.done():
+                    future.set_exception(error)
+
+            endpoint._handler_waits = fail
+            try:
+                return await future
+            finally:
+                endpoint._handler_waits = None
+        if not endpoint._has_message_handler:
+            self._pump()
+        return await future
+
+    def _resolve(self, replies: list[Message]) -> None:
+        for reply in replies:
+            future = self._requests.get(reply.id)
+            if future is None or future.done():
+                self._late_replies += 1
+            else:
+                future.set_result(reply)
+
+    # ---- closing ------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Close the link in order.
+
+        The peer gets everything that was sent before; this does not wait until it has
+        read it. What the peer sent and was not received here is dropped. Twice is fine.
+        """
+        self._check_thread()
+        self._close_here()
+
+    async def wait_closed(self) -> None:
+        """Wait until the link is closed, by whichever side; see ``closed``."""
+        self._check_thread()
+        await asyncio.shield(self._done)
+
+    def _close_here(self) -> None:
+        if self._over:
+            return
+        self._closed_here = True
+        if not self._peer_gone:
+            self._channel.stop_sending(STATE_CLOSED)
+        self._finish()
+
+    def _peer_left(self, error: KucommsError | None = None) -> None:
+        """The peer is not there any more; what it committed is still to be received."""
+        if self._peer_gone or self._over:
+            return
+        self._peer_gone = True
+        state = self._channel.peer_state
+        self._channel.finish()
+        self._channel.stop_sending(0)
+        self._connection.close()
+        if error is not None:
+            self._error = error
+        elif state == STATE_SHUTDOWN:
+            self._error = ShutdownError(
+                f"{self._url}: the kernel module of the other side is going away; connect again "
+                "when it is back"
+            )
+        elif state != STATE_CLOSED:
+            self._error = PeerClosedError(
+                f"{self._url}: the process at the other side died or dropped the link without "
+                "closing it; connect again when it is back"
+            )
+        self._wake_senders()
+        if self._endpoint._has_message_handler:
+            self._endpoint._make_ready(self)
+            return
+        if self._requests:
+            self._pump()  # the replies may be there already
+        if not self._inbox and not self._over:
+            self._fill()
+        if self._receive_queue:
+            self._receive_queue[0].wake()
+
+    def _finish(self) -> None:
+        """The link is over: nothing can be sent, nothing is left to be received."""
+        if self._over:
+            return
+        self._over = True
+        self._peer_gone = True
+        self._channel.stop_sending(0)
+        self._connection.close()
+        self._channel.unmap()
+        self._endpoint._backlog_used -= self._inbox_bytes
+        self._inbox.clear()
+        self._inbox_bytes = 0
+        self._wake_senders()
+        for ticket in self._receive_queue:
+            ticket.wake()
+        for future in self._requests.values():
+            if not future.done():
+                future.set_exception(self._closed_error())
+                future.exception()  # the request may have been cancelled meanwhile
+        if not self._done.done():
+            self._done.set_result(None)
+        self._endpoint._link_over(self, self._error)
+
+    def _wake_senders(self) -> None:
+        for ticket in list(self._send_queue):
+            ticket.wake()
+
+    def _receive_failed(self, status: int) -> None:
+        """A status of the channel's receiving side that is not OK."""
+        if status == PROTOCOL:
+            self._break(
+                ProtocolError(
+                    f"{self._url}: the other side wrote nonsense into the shared ring; the link "
+                    "was closed"
+                )
+            )
+        elif status != CLOSED:
+            raise self._send_error(status, None)
+
+    def _break(self, error: KucommsError) -> None:
+        """Close the link because the peer broke the rules."""
+        if self._over:
+            return
+        if self._error is None or not isinstance(self._error, ProtocolError):
+            self._error = error
+        self._channel.stop_sending(0)
+        if self._inbox and not self._endpoint._has_message_handler:
+            # what came before the fault can still be received
+            self._peer_gone = True
+            self._connection.close()
+            self._wake_senders()
+        elif self._inbox:
+            self._peer_gone = True
+            self._connection.close()
+            self._wake_senders()
+            self._endpoint._make_ready(self)
+        else:
+            self._finish()
+
+    # ---- called by the transport and the endpoint --------------------------
+
+    def _start(self) -> None:
+        self._connection.start(self._woken, self._peer_left)
+
+    def _woken(self) -> None:
+        """The peer has rung: there may be messages, or room, or it has closed."""
+        self._doorbells_heard += 1
+        if self._send_queue:
+            self._send_queue[0].wake()
+        if self._channel.peer_state:
+            self._peer_left()
+            return
+        endpoint = self._endpoint
+        if endpoint._has_message_handler:
+            endpoint._make_ready(self)
+        elif self._receive_queue:
+            self._receive_queue[0].wake()
+        elif self._requests:
+            self._pump()
+
+    def _pump(self) -> None:
+        """Move what has arrived into the backlog, as far as that may grow, and park."""
+        looked_again = False
+        while not self._over:
+            messages: list[Message] = []
+            replies: list[Message] = []
+            budget = self._endpoint._backlog_limit - self._endpoint._backlog_used
+            status = self._channel.receive(64, max(budget, 0), messages, replies)
+            if messages:
+                self._add_to_inbox(messages)
+            if replies:
+                self._resolve(replies)
+            if status != OK:
+                self._receive_failed(status)
+                return
+            if messages or replies:
+                looked_again = False
+                continue
+            if not self._channel.park_receive():
+                return
+            if looked_again:  # there is something, and it does not fit
+                self._backlog_full = True
+                self._endpoint._backlog_filled()
+                return
+            looked_again = True
+
+    def _add_to_inbox(self, messages: list[Message]) -> None:
+        self._inbox.extend(messages)
+        size = HEADER_SIZE * len(messages) + sum(map(len, messages))
+        self._inbox_bytes += size
+        self._endpoint._backlog_used += size
+        self._backlog_high_water = max(self._backlog_high_water, self._inbox_bytes)
+
+    # ---- errors -------------------------------------------------------------
+
+    def _check_thread(self) -> None:
+        if self._channel.forked:
+            raise self._send_error(FORKED, None)
+        if threading.get_ident() != self._thread:
+            raise self._send_error(WRONG_THREAD, None)
+
+    def _cannot_send(self) -> bool:
+        return self._over or self._peer_gone
+
+    def _closed_error(self) -> KucommsError:
+        """A new error that says why the link is over."""
+        if self._error is not None:
+            error = type(self._error)(*self._error.args)
+            error.__cause__ = self._error.__cause__
+            return error
+        if self._closed_here:
+            return ClosedError(f"{self._url}: this link was closed here; connect again to go on")
+        return PeerClosedError(f"{self._url}: the other side closed the link")
+
+    def _backlog_error(self) -> QueueFull:
+        return QueueFull(
+            f"{self._url}: a handler waits here, and the backlog of "
+            f"{self._endpoint._backlog_limit} bytes for what arrives meanwhile is full; make the "
+            "endpoint's backlog larger, or wait in a task instead of a handler"
+        )
+
+    def _bad_argument(self, error: Exception) -> Exception:
+        if isinstance(error, OverflowError):
+            return HeaderValueError(
+                f"{self._url}: type, id and user_value must be from 0 to 2**64-1, and sizes not "
+                f"negative ({error})"
+            )
+        return type(error)(f"{self._url}: {error}")
+
+    def _send_error(self, status: int, data: Any, size: int | None = None) -> KucommsError:
+        """The error for a status of the channel that is not OK."""
+        if status == FULL:
+            return QueueFull(
+                f"{self._url}: no room in the ring now; 'await link.send(...)' waits for room"
+            )
+        if status == TOO_LARGE:
+            size = _size_of(data) if size is None else size
+            return MessageTooLargeError(
+                f"{self._url}: {size} bytes are more than the largest message of "
+                f"{self.max_message_size}; split it, or give a larger ring_size"
+            )
+        if status == CLOSED:
+            return self._closed_error()
+        if status == PROTOCOL:
+            self._break(
+                ProtocolError(
+                    f"{self._url}: the other side moved its position in the ring to where it "
+                    "cannot be; the link was closed"
+                )
+            )
+            return self._closed_error()
+        if status == WRONG_THREAD:
+            return UsageError(
+                f"{self._url}: this link belongs to the thread of its endpoint's loop; from "
+                "other threads use link.send_threadsafe(...)"
+            )
+        if status == FORKED:
+            return UsageError(
+                f"{self._url}: this link was made before a fork and cannot be used in the child; "
+                "connect again there"
+            )
+        if status == TOO_MANY_LOANS:
+            return QueueFull(f"{self._url}: too many loans are out; finish one first")
+        return TransportError(0, f"{self._url}: unexpected status {status}")
+
+
+class Loan:
+    """A message that is written in place; see ``Link.loan``."""
+
+    __slots__ = ("_arguments", "_link", "_reservation", "data")
+
+    data: memoryview
+    """Writable, ``size`` bytes, valid inside the block."""
+
+    def __init__(
+        self, link: Link, size: int, type: int | None, id: int | None, user_value: int | None
+    ) -> None:
+        self._link = link
+        self._arguments = (size, type, id, user_value)
+
+    def __enter__(self) -> Loan:
+        self._reservation = self._link._reserve(*self._arguments)
+        self.data = memoryview(self._reservation)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        reservation = self._reservation
+        try:
+            self.data.release()
+        except BufferError:  # something was made of the view itself
+            reservation.discard()
+            if exc is None:
+                raise self._survived() from None
+            return
+        if exc is not None:
+            reservation.discard()
+            return
+        status = reservation.commit()
+        if status == EMPTY:
+            raise self._survived()
+        if status != OK:
+            raise self._link._send_error(status, None)
+
+    def _survived(self) -> BufferError:
+        return BufferError(
+            f"{self._link.url}: a view of the loan outlived its block, so the message was "
+            "discarded; release slices before the block ends"
+        )
+
+
+class Borrowed:
+    """A message that is read in place; see ``Link.borrow``."""
+
+    __slots__ = ("_borrow", "_link", "_message")
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def __aenter__(self) -> Message:
+        link = self._link
+        taken: _core.Borrow | Message | None = None
+        if not link._receive_queue:
+            taken = link._take_borrow()
+        if taken is None:
+            taken = await link._wait_for(link._take_borrow)
+        self._borrow, self._message = borrowed_message(taken)
+        return self._message
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        end_borrow(self._link, self._borrow, self._message, exc)
+
+
+def borrowed_message(taken: _core.Borrow | Message) -> tuple[_core.Borrow | None, Message]:
+    """The message for a borrowed frame, or for one that had been copied already."""
+    if isinstance(taken, Message):
+        return None, Message(memoryview(taken.data), taken.type, taken.id, taken.user_value)
+    return taken, Message(memoryview(taken), taken.type, taken.id, taken.user_value)
+
+
+def end_borrow(
+    link: Link, borrow: _core.Borrow | None, message: Message, exc: BaseException | None
+) -> None:
+    """Release a borrowed message. Raises BufferError when a view of it lives on."""
+    try:
+        message.data.release()
+        released = borrow is None or borrow.release()
+    except BufferError:
+        if borrow is not None:
+            borrow.release()
+        released = False
+    if not released and exc is None:
+        raise BufferError(
+            f"{link.url}: a view of the borrowed message outlived its block; its bytes of the "
+            "ring stay taken until it dies. Release slices, or copy with bytes()"
+        )
+
+
+def _size_of(data: Any) -> int:
+    if isinstance(data, Message):
+        data = data.data
+    return len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+
+

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""What a transport is: memory plus a doorbell, and a way to see that the peer is gone.
+
+A transport serves one URL scheme. It is an object with the two methods of
+``Transport``; those of other packages are found by the entry point group
+``kucomms.transports``, whose name is the scheme.
+
+A link uses its connection's ``channel`` by the methods of ``kucomms._core.Channel``.
+A transport over memory gets one from the C core; one that is not memory (a network)
+brings an object with the same methods.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from kucomms import _core
+from kucomms.exceptions import AddressError, KucommsError
+
+if TYPE_CHECKING:
+    from kucomms._core import Channel
+
+__all__ = ["Address", "Connection", "ConnectOptions", "ListenOptions", "Listener", "Peer",
+           "Transport"]
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+_NAME = re.compile(rf"[A-Za-z0-9_]{{1,{_core.NAME_MAX}}}")
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A URL, taken apart: ``scheme://name``."""
+
+    url: str
+    scheme: str
+    name: str
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Take ``url`` apart. Raises AddressError."""
+        match = _URL.fullmatch(url) if isinstance(url, str) else None
+        if match is None:
+            raise AddressError(f"{url!r} is not a URL; write SCHEME://NAME, such as 'shm://sensor'")
+        scheme, name = match.groups()
+        if not _NAME.fullmatch(name):
+            raise AddressError(
+                f"{url!r}: the name has to be 1 to {_core.NAME_MAX} of the characters "
+                f"A-Z a-z 0-9 _ ('/' and '?' are reserved)"
+            )
+        return cls(url, scheme, name)
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True):
+    """Who is at the other side of a link.
+
+    ``pid`` and ``uid`` as the system told them at set-up, None for the kernel;
+    ``hello``: the bytes that the other side gave to ``listen`` or ``connect``.
+    """
+
+    pid: int | None = None
+    uid: int | None = None
+    hello: bytes = b""
+    kernel: bool = False
+
+
+class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``Endpoint.listen`` was given; see there."""
+
+    ring_size: int
+    max_ring_size: int
+    max_links: int
+    allow: frozenset[int]
+    hello: bytes
+
+    def agree(self, wanted: int) -> int:
+        """The ring size for a peer that wants ``wanted`` bytes (0: no wish)."""
+        limit = _core.ring_size_for(self.max_ring_size)
+        wanted = min(wanted or self.ring_size, limit)
+        return min(_core.ring_size_for(wanted), limit)
+
+
+class ConnectOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``Endpoint.connect`` was given; see there."""
+
+    ring_size: int
+    timeout: float | None
+    hello: bytes
+    owner: int | None
+
+
+class Connection(ABC):
+    """One end of an established link, as its transport sees it."""
+
+    def __init__(self, url: str, channel: Channel, peer: Peer) -> None:
+        self.url = url
+        self.channel = channel
+        self.peer = peer
+
+    @abstractmethod
+    def start(
+        self, woken: Callable[[], None], gone: Callable[[KucommsError | None], None]
+    ) -> None:
+        """Watch the doorbell and the peer's life in the running loop.
+
+        ``woken()`` is called, in the loop, when the peer has rung; ``gone(error)``
+        once, when the peer is not there any more: with an error when the transport
+        knows better than the channel's ``peer_state`` why.
+        """
+
+    @abstractmethod
+    def ring(self) -> None:
+        """Wake the peer. From any thread; never blocks, never raises."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop watching and give back what is not memory. Twice is fine."""
+
+
+class Listener(ABC):
+    """Somebody who takes connections at a URL, until it is closed."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Take no more; the links that there are stay. Twice is fine."""
+
+
+class Transport(Protocol):
+    """A URL scheme."""
+
+    async def listen(
+        self,
+        address: Address,
+        options: ListenOptions,
+        accept: Callable[[Connection], None],
+        links: Callable[[], int],
+    ) -> Listener:
+        """Take connections; give each to ``accept``. ``links()``: how many there are now."""
+        ...
+
+    async def connect(self, address: Address, options: ConnectOptions) -> Connection:
+        """Make a connection. Raises NotReadyError after ``options.timeout`` seconds."""
+        ...
+
+
+def unknown_scheme(url: str, known: Iterable[str]) -> AddressError:
+    """The error for a URL that no transport serves."""
+    schemes = ", ".join(f"{scheme}://" for scheme in sorted(known))
+    return AddressError(f"{url!r}: no transport for this scheme; there are {schemes}")
