@@ -797,7 +797,7 @@ static inline int kucomms_memory_create(uint64_t size)
 	int err, fd;
 
 	if (getrandom(random, sizeof(random), 0) != (ssize_t)sizeof(random))
-		return -EAGAIN;
+		return -EIO;
 	snprintf(name, sizeof(name), "/kucomms-%u-%d-%016llx%016llx",
 		 (unsigned int)geteuid(), (int)getpid(), random[0], random[1]);
 	fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -832,7 +832,7 @@ static inline int kucomms_listener_open(struct kucomms_listener *listener,
 					const char *url, uint64_t ring_size)
 {
 	char path[PATH_MAX];
-	int err;
+	int again, err;
 
 	memset(listener, 0, sizeof(*listener));
 	listener->socket = -1;
@@ -856,12 +856,15 @@ static inline int kucomms_listener_open(struct kucomms_listener *listener,
 		if (listener->directory < 0)
 			return listener->directory;
 		err = kucomms_listener_bind(listener);
+		/* Removed by force, or by one that does not know the lock? */
+		again = err == -ENOENT &&
+			!kucomms_directory_current(listener->directory, path);
 		flock(listener->directory, LOCK_UN);
 		if (err) {
 			close(listener->directory);
 			listener->directory = -1;
 		}
-	} while (err == -ENOENT);	/* the directory went away under us */
+	} while (again);
 	return err;
 }
 

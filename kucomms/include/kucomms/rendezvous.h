@@ -36,6 +36,7 @@
 #define KUCOMMS_REFUSED_BUSY	1	/* the listener has all the links it takes */
 #define KUCOMMS_REFUSED_VERSION	2	/* unknown ABI version or feature */
 #define KUCOMMS_REFUSED_MEMORY	3	/* no memory for the rings */
+#define KUCOMMS_REFUSED_USER	4	/* the peer's user is not allowed */
 
 /**
  * struct kucomms_rendezvous - one record

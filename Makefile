@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+# Everything a fresh machine lacks is installed into .venv by the first target.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo   the longtest between two processes over shared memory, live"
+	@echo "make test   everything that is checked"
+	@echo "make lint   ruff and mypy"
+	@echo "make setup  only the virtual environment, with kucomms built in place"
+	@echo "make clean  remove what was built"
+
+setup: $(STAMP)
+
+SOURCES := pyproject.toml setup.py $(wildcard kucomms/_core/*.c kucomms/_core/*.py) \
+	$(wildcard kucomms/include/*/*.h kernel_module/include/*/*.h kernel_module/include/*/*/*.h)
+
+$(STAMP): $(SOURCES)
+	@sh tools/install-system-packages.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kucomms/_core/*.so kucomms/_core/_setup.c

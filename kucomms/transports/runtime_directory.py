@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""The directory where processes of one machine find each other's sockets.
+
+Of our own user: ``$XDG_RUNTIME_DIR/kucomms``, or ``/tmp/kucomms-UID``, mode 0700. For
+listeners that allow other users as well: ``/tmp/kucomms-UID-shared``, mode 0711.
+
+The directory is opened, checked by its descriptor, and used through
+``/proc/self/fd``: so nobody can put another one in its place in between, and the
+length of its path does not matter for the address of a socket. ``flock`` on it guards
+the taking and giving up of names.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from kucomms.exceptions import AddressInUseError, TransportError
+from kucomms.transports.peer_process import listener_is_alive
+
+__all__ = ["BoundSocket", "bind", "connect_socket", "private_path", "shared_path"]
+
+_BACKLOG = 1024
+
+
+def private_path() -> str:
+    """The directory for our own user."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
+        return os.path.join(runtime, "kucomms")
+    return f"/tmp/kucomms-{os.geteuid()}"  # noqa: S108 - opened without following, checked
+
+
+def shared_path(uid: int) -> str:
+    """The directory in which the listeners of user ``uid`` meet other users."""
+    return f"/tmp/kucomms-{uid}-shared"  # noqa: S108 - opened without following, checked
+
+
+def _open(url: str, path: str, uid: int, shared: bool) -> int:
+    """A descriptor of the directory, checked. Raises FileNotFoundError, TransportError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise TransportError(
+            error.errno, f"{url}: cannot open the directory {path}: {error.strerror}"
+        ) from error
+    about = os.fstat(fd)
+    forbidden = stat.S_IWGRP | stat.S_IWOTH if shared else stat.S_IRWXG | stat.S_IRWXO
+    if about.st_uid != uid or about.st_mode & forbidden:
+        os.close(fd)
+        raise TransportError(
+            errno.EPERM,
+            f"{url}: the directory {path} must belong to user {uid} and be "
+            f"{'writable' if shared else 'accessible'} by nobody else; remove it or mend it",
+        )
+    return fd
+
+
+def _make(url: str, path: str, shared: bool) -> int:
+    """As ``_open``, for our own user, made if it is missing."""
+    while True:
+        with suppress(FileNotFoundError):
+            return _open(url, path, os.geteuid(), shared)
+        try:
+            os.mkdir(path, 0o700)
+            if shared:
+                os.chmod(path, 0o711)  # noqa: S103 - others have to get in
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise TransportError(
+                error.errno, f"{url}: cannot make the directory {path}: {error.strerror}"
+            ) from error
+
+
+@contextmanager
+def _locked(url: str, path: str, shared: bool) -> Iterator[int]:
+    """The directory, made if it is missing, locked against others who take names."""
+    while True:
+        fd = _make(url, path, shared)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # held by others for a few system calls only
+            if _is_at(fd, path):
+                yield fd
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """Whether the directory was not removed while we waited for its lock."""
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(fd))
+
+
+def _address(directory: int, name: str) -> str:
+    return f"/proc/self/fd/{directory}/{name}"
+
+
+class BoundSocket:
+    """A listening socket and the name that it holds."""
+
+    def __init__(
+        self, url: str, path: str, name: str, shared: bool, sock: socket.socket,
+        about: os.stat_result,
+    ) -> None:
+        self.sock = sock
+        self._url = url
+        self._path = path
+        self._name = name
+        self._shared = shared
+        self._about = about
+
+    def close(self) -> None:
+        """Give the name up, unless somebody else has it by now; remove what is empty."""
+        with suppress(OSError, TransportError), _locked(self._url, self._path, self._shared) as fd:
+            with suppress(FileNotFoundError):
+                there = os.stat(self._name, dir_fd=fd, follow_symlinks=False)
+                if os.path.samestat(there, self._about):
+                    os.unlink(self._name, dir_fd=fd)
+            os.rmdir(self._path)  # fails, rightly, when others are in it
+        self.sock.close()
+
+
+def bind(url: str, name: str, shared: bool) -> BoundSocket:
+    """Listen at ``name``. Raises AddressInUseError when somebody alive has it."""
+    path = shared_path(os.geteuid()) if shared else private_path()
+    with _locked(url, path, shared) as fd:
+        address = _address(fd, name)
+        if _is_taken(address):
+            raise AddressInUseError(
+                f"{url}: another process listens there already; stop it, or use another name"
+            )
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.bind(address)
+            if shared:
+                os.chmod(name, 0o666, dir_fd=fd)
+            sock.listen(_BACKLOG)
+            about = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except OSError as error:
+            sock.close()
+            raise TransportError(
+                error.errno, f"{url}: cannot listen in {path}: {error.strerror}"
+            ) from error
+        return BoundSocket(url, path, name, shared, sock, about)
+
+
+def _is_taken(address: str) -> bool:
+    """Whether a living process listens; what a dead one left is removed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(address)
+        except FileNotFoundError:
+            return False
+        except ConnectionRefusedError:
+            alive = False
+        except OSError:  # EAGAIN: its queue is full
+            alive = True
+        else:
+            # A forked child of a dead listener keeps the socket open, but does not serve.
+            alive = listener_is_alive(probe)
+    if not alive:
+        with suppress(FileNotFoundError):
+            os.unlink(address)
+    return alive
+
+
+def connect_socket(url: str, name: str, owner: int | None) -> socket.socket | None:
+    """A socket connected to the listener, or None when there is none (yet)."""
+    other = owner is not None and owner != os.geteuid()
+    uid = owner if owner is not None else os.geteuid()
+    path = shared_path(uid) if other else private_path()
+    try:
+        fd = _open(url, path, uid, other)
+    except FileNotFoundError:
+        return None
+    try:
+        address = _address(fd, name)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            about = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if about.st_uid != uid or not stat.S_ISSOCK(about.st_mode):
+                raise TransportError(
+                    errno.EPERM,
+                    f"{url}: {path}/{name} is not a socket of user {uid}; remove it",
+                )
+            sock.connect(address)
+        except TransportError:
+            sock.close()
+            raise
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+            sock.close()
+            return None
+        except OSError as error:
+            sock.close()
+            raise TransportError(
+                error.errno, f"{url}: cannot connect to {path}/{name}: {error.strerror}"
+            ) from error
+        return sock
+    finally:
+        os.close(fd)

@@ -1,0 +1,634 @@
+# SPDX-License-Identifier: MIT
+"""``shm://NAME``: an endpoint in another process of this machine.
+
+Memory: a ``shm_open`` object for each link, made by the listening side, unlinked as
+soon as it is open, and passed over the socket; for peers of other users a sealed memfd
+of each side's own pages. Doorbell: a byte on the link's socket. The peer's life: end
+of file, and a pidfd. How two processes meet is described in
+``include/kucomms/rendezvous.h``.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import fcntl
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from kucomms import _core
+from kucomms._core import lib, ring_socket
+from kucomms.exceptions import (
+    BusyError,
+    KucommsError,
+    NotReadyError,
+    ProtocolError,
+    TransportError,
+    VersionError,
+)
+from kucomms.transports.base import (
+    Address,
+    Connection,
+    ConnectOptions,
+    Listener,
+    ListenOptions,
+    Peer,
+)
+from kucomms.transports.peer_process import credentials, peer_pidfd
+from kucomms.transports.runtime_directory import BoundSocket, bind, connect_socket
+
+__all__ = ["transport"]
+
+HANDSHAKE_TIMEOUT = 5.0
+"""Seconds that a peer may take for its part of the rendezvous."""
+HANDSHAKES = 256
+"""Rendezvous that a listener has under way at once; more wait in the system's queue."""
+
+_RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a listener
+_RECORD_SIZE = len(_core.record_bytes(_core.new_record()))
+_BELL = bytes([lib.KUCOMMS_DOORBELL])
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
+# 0x10: F_SEAL_FUTURE_WRITE, linux/fcntl.h, not in Python 3.11's fcntl
+_SHM_PREFIX = "kucomms-"
+
+
+class ShmConnection(Connection):
+    """A link's socket, its pidfd, and its channel."""
+
+    def __init__(
+        self, url: str, channel: _core.Channel, peer: Peer, sock: socket.socket, pidfd: int
+    ) -> None:
+        super().__init__(url, channel, peer)
+        self._sock: socket.socket | None = sock
+        self._pidfd = pidfd
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken: Callable[[], None]
+        self._gone: Callable[[KucommsError | None], None]
+
+    def start(
+        self, woken: Callable[[], None], gone: Callable[[KucommsError | None], None]
+    ) -> None:
+        assert self._sock is not None
+        self._woken = woken
+        self._gone = gone
+        self._loop = asyncio.get_running_loop()
+        self.channel.attach(self.ring)
+        self._loop.add_reader(self._sock.fileno(), self._readable)
+        self._loop.add_reader(self._pidfd, self._died)
+
+    def ring(self) -> None:
+        sock = self._sock
+        if sock is not None:
+            ring_socket(sock.fileno())  # that it is broken, its reader will see
+
+    def _readable(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._gone(None)
+        elif data.count(_BELL) != len(data):
+            self._gone(
+                ProtocolError(
+                    f"{self.url}: the other side wrote nonsense into the link's socket; the link "
+                    "was closed"
+                )
+            )
+        else:
+            self._woken()
+
+    def _died(self) -> None:
+        self._gone(None)
+
+    def close(self) -> None:
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(sock.fileno())
+            self._loop.remove_reader(self._pidfd)
+        sock.close()
+        os.close(self._pidfd)
+
+
+# ---- the records of the rendezvous ------------------------------------------
+
+
+def _record(step: int, *, hello: bytes = b"", **fields: int) -> bytes:
+    record = _core.new_record()
+    record.magic = lib.KUCOMMS_MAGIC
+    record.version = lib.KUCOMMS_ABI_VERSION
+    record.step = step
+    record.features = lib.KUCOMMS_FEATURES
+    record.hello_length = len(hello)
+    record.hello[0 : len(hello)] = hello
+    for name, value in fields.items():
+        setattr(record, name, value)
+    return _core.record_bytes(record)
+
+
+def _check_record(url: str, data: bytes, step: int) -> Any:
+    record = _core.new_record(data)
+    if record.magic != lib.KUCOMMS_MAGIC:
+        raise ProtocolError(f"{url}: what answers at this socket is no kucomms")
+    if record.version != lib.KUCOMMS_ABI_VERSION or record.features & ~lib.KUCOMMS_FEATURES:
+        raise VersionError(
+            f"{url}: the other side speaks version {record.version} of the kucomms ABI, with "
+            f"features {record.features:#x}; this is version {lib.KUCOMMS_ABI_VERSION}. Use the "
+            "same version on both sides"
+        )
+    if (
+        record.step != step
+        or record.reserved
+        or record.hello_length > lib.KUCOMMS_HELLO_MAX
+        or record.flags & ~lib.KUCOMMS_SEALED
+    ):
+        raise ProtocolError(f"{url}: the other side sent nonsense instead of its greeting")
+    return record
+
+
+def _hello_of(record: Any) -> bytes:
+    return bytes(record.hello[0 : record.hello_length])
+
+
+def _is_ring_size(size: int) -> bool:
+    """Whether a ring can have exactly this many bytes."""
+    return 0 < size <= 1 << 32 and _core.ring_size_for(size) == size
+
+
+async def _wait_readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock.fileno())
+
+
+async def _receive_record(
+    url: str, sock: socket.socket, step: int, fds: list[int]
+) -> Any:
+    """The next record, and in ``fds`` the descriptors that came with it."""
+    data = b""
+    item = array.array("i")
+    space = socket.CMSG_SPACE(item.itemsize * 4)
+    while len(data) < _RECORD_SIZE:
+        try:
+            part, ancillary, _flags, _address = sock.recvmsg(
+                _RECORD_SIZE - len(data), space, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            await _wait_readable(sock)
+            continue
+        except OSError as error:
+            raise TransportError(
+                error.errno, f"{url}: the other side dropped the link while it was set up"
+            ) from error
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                passed = array.array("i")
+                passed.frombytes(payload[: len(payload) - len(payload) % item.itemsize])
+                fds.extend(passed)
+        if not part:
+            raise TransportError(
+                errno.ECONNRESET, f"{url}: the other side dropped the link while it was set up"
+            )
+        data += part
+    return _check_record(url, data, step)
+
+
+def _send_record(url: str, sock: socket.socket, data: bytes, fd: int | None = None) -> None:
+    """Send a record; a new socket has room for it."""
+    ancillary = []
+    if fd is not None:
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd])))
+    try:
+        sent = sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+    except OSError as error:
+        raise TransportError(
+            error.errno, f"{url}: the other side dropped the link while it was set up"
+        ) from error
+    if sent != len(data):
+        raise TransportError(errno.EAGAIN, f"{url}: the other side does not read its socket")
+
+
+# ---- memory -----------------------------------------------------------------
+
+
+def _sweep() -> None:
+    """Remove what a process left that was killed between making and unlinking.
+
+    An object under its name is never in use: its maker holds a descriptor already and
+    would unlink it next. So whatever is there may go, whoever is doing what.
+    """
+    ours = f"{_SHM_PREFIX}{os.geteuid()}-"
+    with suppress(OSError):
+        for name in os.listdir("/dev/shm"):  # noqa: S108 - where shm_open puts them
+            if name.startswith(ours):
+                with suppress(OSError):
+                    _core.shm_unlink("/" + name)
+
+
+def _new_memory(url: str, size: int, sealed: bool) -> int:
+    """A descriptor of ``size`` bytes that are really there."""
+    try:
+        if sealed:
+            fd = os.memfd_create("kucomms", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        else:
+            name = f"/{_SHM_PREFIX}{os.geteuid()}-{os.getpid()}-{secrets.token_hex(16)}"
+            fd = _core.shm_create(name)
+            _core.shm_unlink(name)
+        try:
+            # Without it a full file system would show as SIGBUS at the first touch.
+            os.posix_fallocate(fd, 0, size)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise TransportError(
+            error.errno,
+            f"{url}: no {size} bytes of shared memory: {error.strerror}; use a smaller "
+            "ring_size or make room in /dev/shm",
+        ) from error
+    return fd
+
+
+def _check_memory(url: str, fds: list[int], size: int, sealed: bool) -> int:
+    """The one descriptor that was passed, if it is what was agreed on."""
+    if len(fds) != 1 or os.fstat(fds[0]).st_size != size:
+        raise ProtocolError(
+            f"{url}: the other side did not pass the {size} bytes of memory that it announced"
+        )
+    if sealed:
+        try:
+            seals = fcntl.fcntl(fds[0], fcntl.F_GET_SEALS)
+        except OSError:
+            seals = 0
+        if seals & _SEALS != _SEALS:
+            raise ProtocolError(
+                f"{url}: the other user's memory is not sealed against being changed under us"
+            )
+    return fds[0]
+
+
+def _seal(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+    fds.clear()
+
+
+# ---- listening --------------------------------------------------------------
+
+
+class ShmListener(Listener):
+    """One or two listening sockets, and the rendezvous that are under way."""
+
+    def __init__(
+        self,
+        address: Address,
+        options: ListenOptions,
+        accept: Callable[[Connection], None],
+        links: Callable[[], int],
+    ) -> None:
+        super().__init__(address.url)
+        self._options = options
+        self._accept = accept
+        self._links = links
+        self._loop = asyncio.get_running_loop()
+        self._sockets: list[BoundSocket] = []
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._watching = False
+        _sweep()
+        try:
+            self._sockets.append(bind(address.url, address.name, shared=False))
+            if options.allow:
+                self._sockets.append(bind(address.url, address.name, shared=True))
+        except BaseException:
+            self._close_sockets()
+            raise
+        self._watch(True)
+
+    def _watch(self, on: bool) -> None:
+        if on == self._watching:
+            return
+        self._watching = on
+        for bound in self._sockets:
+            if on:
+                self._loop.add_reader(bound.sock.fileno(), self._incoming, bound.sock)
+            else:
+                self._loop.remove_reader(bound.sock.fileno())
+
+    def _incoming(self, listening: socket.socket) -> None:
+        while len(self._handshakes) < HANDSHAKES:
+            try:
+                sock, _address = listening.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError:
+                # No descriptor or memory left. The peers wait in the system's queue;
+                # look again when something may have been given back.
+                self._watch(False)
+                self._loop.call_later(0.1, self._look_again)
+                return
+            sock.setblocking(False)
+            task = self._loop.create_task(self._welcome(sock), name=f"kucomms {self.url}")
+            self._handshakes.add(task)
+            task.add_done_callback(self._welcomed)
+        self._watch(False)
+
+    def _look_again(self) -> None:
+        if self._sockets:
+            self._watch(True)
+
+    def _welcomed(self, task: asyncio.Task[None]) -> None:
+        self._handshakes.discard(task)
+        if self._sockets and len(self._handshakes) < HANDSHAKES:
+            self._watch(True)
+        if not task.cancelled() and task.exception() is not None:
+            self._loop.call_exception_handler(
+                {"message": f"{self.url}: rendezvous failed", "exception": task.exception()}
+            )
+
+    async def _welcome(self, sock: socket.socket) -> None:
+        """One peer's rendezvous. A bad peer is dropped and disturbs nobody."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                connection = await self._rendezvous(sock)
+        except (KucommsError, TimeoutError):
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            self._accept(connection)
+
+    async def _rendezvous(self, sock: socket.socket) -> ShmConnection:
+        url = self.url
+        fds: list[int] = []
+        pidfd = -1
+        half = None
+        try:
+            pid, uid = credentials(sock)
+            own = uid == os.geteuid()
+            if not own and uid not in self._options.allow:
+                self._refuse(sock, lib.KUCOMMS_REFUSED_USER)
+                raise TransportError(errno.EPERM, f"{url}: user {uid} is not allowed")
+            pidfd = peer_pidfd(sock, url)
+            try:
+                wanted = await _receive_record(url, sock, lib.KUCOMMS_STEP_HELLO, fds)
+            except VersionError:
+                self._refuse(sock, lib.KUCOMMS_REFUSED_VERSION)
+                raise
+            if fds or wanted.ring_size > 1 << 32:
+                raise ProtocolError(f"{url}: the other side sent nonsense as its greeting")
+            if self._links() >= self._options.max_links:
+                self._refuse(sock, lib.KUCOMMS_REFUSED_BUSY)
+                raise BusyError(f"{url}: all links are taken")
+            ring_size = self._options.agree(wanted.ring_size)
+            side = _core.side_size(ring_size)
+            try:
+                fd = _new_memory(url, side if not own else 2 * side, sealed=not own)
+                fds.append(fd)
+                half = _core.HalfChannel(url, 0, ring_size, fd, 0)
+                if not own:
+                    _seal(fd)
+            except OSError:
+                self._refuse(sock, lib.KUCOMMS_REFUSED_MEMORY)
+                raise
+            flags = 0 if own else lib.KUCOMMS_SEALED
+            _send_record(
+                url,
+                sock,
+                _record(
+                    lib.KUCOMMS_STEP_SETUP,
+                    hello=self._options.hello,
+                    ring_size=ring_size,
+                    flags=flags,
+                ),
+                fd,
+            )
+            passed: list[int] = []
+            try:
+                # This answer proves that the pidfd is the peer's.
+                await _receive_record(url, sock, lib.KUCOMMS_STEP_ATTACH, passed)
+                if own:
+                    if passed:
+                        raise ProtocolError(f"{url}: the other side passed what was not asked for")
+                    channel = half.attach(fd, side)
+                else:
+                    theirs = _check_memory(url, passed, side, sealed=True)
+                    channel = half.attach(theirs, 0)
+            finally:
+                _close_all(passed)
+            peer = Peer(pid=pid, uid=uid, hello=_hello_of(wanted))
+            connection = ShmConnection(url, channel, peer, sock, pidfd)
+            pidfd = -1
+            return connection
+        except OSError as error:
+            if isinstance(error, KucommsError):
+                raise
+            raise TransportError(error.errno, f"{url}: {error.strerror}") from error
+        finally:
+            _close_all(fds)
+            if half is not None:
+                half.close()
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    def _refuse(self, sock: socket.socket, status: int) -> None:
+        with suppress(TransportError):
+            _send_record(self.url, sock, _record(lib.KUCOMMS_STEP_SETUP, status=status))
+
+    def _close_sockets(self) -> None:
+        if self._watching:
+            self._watch(False)
+        for bound in self._sockets:
+            bound.close()
+        self._sockets.clear()
+
+    async def aclose(self) -> None:
+        self._close_sockets()
+        tasks = list(self._handshakes)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+# ---- connecting -------------------------------------------------------------
+
+
+async def _find_socket(address: Address, options: ConnectOptions) -> socket.socket:
+    """A socket connected to the listener; waits for one to appear."""
+    delay = _RETRY_FIRST
+    while True:
+        sock = connect_socket(address.url, address.name, options.owner)
+        if sock is not None:
+            return sock
+        if options.timeout is not None and options.timeout <= 0:
+            raise _nobody(address)
+        await asyncio.sleep(delay)
+        delay = min(2 * delay, _RETRY_LAST)
+
+
+async def _attach(
+    address: Address, options: ConnectOptions, sock: socket.socket
+) -> ShmConnection:
+    """The connecting side's part of the rendezvous."""
+    url = address.url
+    fds: list[int] = []
+    pidfd = -1
+    half = None
+    try:
+        pid, uid = credentials(sock)
+        expected = os.geteuid() if options.owner is None else options.owner
+        if uid != expected:
+            raise TransportError(
+                errno.EPERM,
+                f"{url}: the listener is of user {uid}, not {expected}; give owner={uid} if "
+                "that is meant",
+            )
+        pidfd = peer_pidfd(sock, url)
+        _send_record(
+            url,
+            sock,
+            _record(lib.KUCOMMS_STEP_HELLO, hello=options.hello, ring_size=options.ring_size),
+        )
+        # This answer proves that the pidfd is the peer's.
+        setup = await _receive_record(url, sock, lib.KUCOMMS_STEP_SETUP, fds)
+        _check_status(url, setup.status)
+        ring_size = int(setup.ring_size)
+        if not _is_ring_size(ring_size):
+            raise ProtocolError(f"{url}: the other side says that the ring has {ring_size} bytes")
+        side = _core.side_size(ring_size)
+        sealed = bool(setup.flags & lib.KUCOMMS_SEALED)
+        if uid != os.geteuid() and not sealed:
+            raise ProtocolError(f"{url}: another user's listener must offer sealed memory")
+        theirs = _check_memory(url, fds, side if sealed else 2 * side, sealed)
+        mine = None
+        if sealed:
+            mine = _new_memory(url, side, sealed=True)
+            fds.append(mine)
+            half = _core.HalfChannel(url, 1, ring_size, mine, 0)
+            _seal(mine)
+        else:
+            half = _core.HalfChannel(url, 1, ring_size, theirs, side)
+        channel = half.attach(theirs, 0)
+        _send_record(url, sock, _record(lib.KUCOMMS_STEP_ATTACH), mine)
+        peer = Peer(pid=pid, uid=uid, hello=_hello_of(setup))
+        connection = ShmConnection(url, channel, peer, sock, pidfd)
+        pidfd = -1
+        return connection
+    except OSError as error:
+        if isinstance(error, KucommsError):
+            raise
+        raise TransportError(error.errno, f"{url}: {error.strerror}") from error
+    finally:
+        _close_all(fds)
+        if half is not None:
+            half.close()
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _check_status(url: str, status: int) -> None:
+    if status == lib.KUCOMMS_REFUSED_BUSY:
+        raise BusyError(f"{url}: the listener has all the links that it takes; try again later")
+    if status == lib.KUCOMMS_REFUSED_VERSION:
+        raise VersionError(
+            f"{url}: the listener does not speak version {lib.KUCOMMS_ABI_VERSION} of the kucomms "
+            "ABI; use the same version on both sides"
+        )
+    if status == lib.KUCOMMS_REFUSED_MEMORY:
+        raise TransportError(
+            errno.ENOMEM,
+            f"{url}: the listener has no memory for the rings; ask for a smaller ring_size, or "
+            "make room in /dev/shm",
+        )
+    if status == lib.KUCOMMS_REFUSED_USER:
+        raise TransportError(
+            errno.EACCES,
+            f"{url}: the listener does not allow user {os.geteuid()}; it has to name it in "
+            "listen(..., allow=...)",
+        )
+    if status != lib.KUCOMMS_ACCEPTED:
+        raise ProtocolError(f"{url}: the listener answered with the unknown status {status}")
+
+
+class ShmTransport:
+    """See the module."""
+
+    async def listen(
+        self,
+        address: Address,
+        options: ListenOptions,
+        accept: Callable[[Connection], None],
+        links: Callable[[], int],
+    ) -> Listener:
+        return ShmListener(address, options, accept, links)
+
+    async def connect(self, address: Address, options: ConnectOptions) -> Connection:
+        loop = asyncio.get_running_loop()
+        once = options.timeout is not None and options.timeout <= 0
+        give_up = None if options.timeout is None else loop.time() + options.timeout
+        silent = None
+        while True:
+            try:
+                async with asyncio.timeout_at(None if once else give_up):
+                    sock = await _find_socket(address, options)
+            except TimeoutError as error:
+                if isinstance(error, KucommsError):
+                    raise
+                raise _nobody(address) from silent
+            try:
+                limit = loop.time() + HANDSHAKE_TIMEOUT if once else give_up
+                async with asyncio.timeout_at(limit):
+                    return await _attach(address, options, sock)
+            except TransportError as error:
+                sock.close()
+                # The listener went between accepting and greeting: as if it had not been.
+                if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ESRCH):
+                    raise
+                if once:
+                    raise _nobody(address) from error
+                silent = error
+            except TimeoutError as error:
+                sock.close()
+                if isinstance(error, KucommsError):
+                    raise
+                raise NotReadyError(
+                    f"{address.url}: somebody listens there, but says nothing; is the loop of "
+                    "the listener blocked?"
+                ) from None
+            except BaseException:
+                sock.close()
+                raise
+            try:
+                async with asyncio.timeout_at(give_up):
+                    await asyncio.sleep(_RETRY_LAST)
+            except TimeoutError:
+                raise _nobody(address) from silent
+
+
+def _nobody(address: Address) -> NotReadyError:
+    return NotReadyError(
+        f"{address.url}: nobody listens there; start the listener, or give connect() a longer "
+        "timeout"
+    )
+
+
+transport = ShmTransport()
