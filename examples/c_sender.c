@@ -8,6 +8,7 @@
  *	./cpp_echo_server shm://echo &
  *	./c_sender shm://echo 1000
  */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -31,10 +31,11 @@ from kucomms.exceptions import (
     ClosedError,
     KucommsError,
     PeerClosedError,
+    ProtocolError,
     QueueFull,
     UsageError,
 )
-from kucomms.link import Link, borrowed_message, end_borrow
+from kucomms.link import Link
 from kucomms.message import Message
 from kucomms.scheduler import Scheduler, Ticker
 from kucomms.statistics import EndpointStatistics
@@ -45,6 +46,7 @@ from kucomms.transports.base import (
     Listener,
     ListenOptions,
 )
+from kucomms.zero_copy import borrowed_message, end_borrow
 
 __all__ = ["Connecting", "Endpoint", "connect"]
 
@@ -380,7 +382,7 @@ class Endpoint:
         for link in tuple(self._links):
             try:
                 link.send_nowait(data, type=type, id=id, user_value=user_value)
-            except (QueueFull, PeerClosedError, ClosedError):
+            except (QueueFull, PeerClosedError, ClosedError, ProtocolError):
                 continue
             count += 1
         return count
@@ -469,7 +471,7 @@ class Endpoint:
         if not self._has_message_handler:
             link._queued = False
             return
-        if self._borrowing and not link._inbox:
+        if self._borrowing:
             count = await self._serve_borrowed(link)
         else:
             messages: list[Message] = []
@@ -483,7 +485,7 @@ class Endpoint:
                     link._resolve(replies)
                 if status == PROTOCOL:
                     # what came before the fault is handled first
-                    link._inbox.extend(messages)
+                    link._add_to_inbox(messages)
                     messages = []
                     link._receive_failed(status)
                 elif status != OK and not link._over:
@@ -541,7 +543,7 @@ class Endpoint:
         countdown = _GLANCE
         begin = monotonic()
         try:
-            while count < self._batch and not link._over and not link._inbox:
+            while count < self._batch and not link._over:
                 try:
                     taken = link._take_borrow()
                 except KucommsError:  # the link is over
@@ -652,7 +654,7 @@ class Endpoint:
         _log.error("handler_failed", endpoint=self.name, handler=kind, exc_info=error)
 
     async def _handler_cancelled(self, error: asyncio.CancelledError, kind: str) -> None:
-        """Was it the handler that was cancelled by us, the runner, or a task of its own?"""
+        """Tell whether we cancelled the handler, somebody the runner, or it is its own."""
         assert self._runner is not None
         if self._stopping:
             self._runner.uncancel()

@@ -60,11 +60,11 @@ class AddressInUseError(KucommsError):
     """Somebody listens at this URL already."""
 
 
-class QueueFull(KucommsError, asyncio.QueueFull):  # noqa: N818 - the name of asyncio
+class QueueFull(KucommsError, asyncio.QueueFull):
     """No room for the message now, or others wait for room already."""
 
 
-class QueueEmpty(KucommsError, asyncio.QueueEmpty):  # noqa: N818 - the name of asyncio
+class QueueEmpty(KucommsError, asyncio.QueueEmpty):
     """No message is waiting."""
 
 

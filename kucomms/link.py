@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kucomms import _core
@@ -22,11 +21,13 @@ from kucomms._core import (
     OK,
     PROTOCOL,
     STATE_CLOSED,
+    STATE_OPEN,
     STATE_SHUTDOWN,
     TOO_LARGE,
     TOO_MANY_LOANS,
     WRONG_THREAD,
 )
+from kucomms._queue import TaskTicket, ThreadTicket
 from kucomms.exceptions import (
     ClosedError,
     HeaderValueError,
@@ -42,61 +43,19 @@ from kucomms.exceptions import (
 )
 from kucomms.message import Message
 from kucomms.statistics import LinkStatistics
+from kucomms.zero_copy import Borrowed, Loan
 
 if TYPE_CHECKING:
     from kucomms.endpoint import Endpoint
     from kucomms.transports.base import Connection, Peer
 
-__all__ = ["Borrowed", "Link", "Loan"]
+__all__ = ["Link"]
 
 T = TypeVar("T")
 
 _UNLIMITED = 1 << 62
 _FILL = 32
 """Messages taken from the ring at once for tasks that await them."""
-
-
-class _Ticket:
-    """A task's place in a queue."""
-
-    __slots__ = ("_future",)
-
-    def __init__(self) -> None:
-        self._future: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
-
-    def fail(self, error: BaseException) -> None:
-        if self._future is not None and not self._future.done():
-            self._future.set_exception(error)
-
-    async def wait(self) -> None:
-        self._future = asyncio.get_running_loop().create_future()
-        try:
-            await self._future
-        finally:
-            self._future = None
-
-
-class _ThreadTicket:
-    """A thread's place in a queue."""
-
-    __slots__ = ("_event",)
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def wake(self) -> None:
-        self._event.set()
-
-    def rest(self) -> None:
-        """What comes after this ends the next wait."""
-        self._event.clear()
-
-    def wait(self, timeout: float | None) -> bool:
-        return self._event.wait(timeout)
 
 
 class Link:
@@ -126,8 +85,8 @@ class Link:
         self._ring_size = connection.channel.ring_size
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._send_queue: deque[_Ticket | _ThreadTicket] = deque()
-        self._receive_queue: deque[_Ticket] = deque()
+        self._send_queue: deque[TaskTicket | ThreadTicket] = deque()
+        self._receive_queue: deque[TaskTicket] = deque()
         # taken out of the ring, not yet handed out; older than all in the ring
         self._inbox: deque[Message] = deque()
         self._inbox_bytes = 0
@@ -294,7 +253,7 @@ class Link:
                 raise self._bad_argument(error) from None
         if status == OK:
             return
-        if status != FULL:
+        if status != FULL or self._channel.forked:
             raise self._send_error(status, data)
         if threading.get_ident() == self._thread:
             raise UsageError(
@@ -303,7 +262,7 @@ class Link:
             )
         deadline = None if timeout is None else monotonic() + timeout
         size = _size_of(data)
-        ticket = _ThreadTicket()
+        ticket = ThreadTicket()
         self._send_queue.append(ticket)
         try:
             while True:
@@ -339,7 +298,7 @@ class Link:
         if not self._send_queue:
             sent = self._send_some(batch, 0)
         if sent < len(batch):
-            ticket = _Ticket()
+            ticket = TaskTicket()
             self._send_queue.append(ticket)
             try:
                 while True:
@@ -417,7 +376,7 @@ class Link:
         flags: int,
     ) -> None:
         """Queue up and send as soon as there is room."""
-        ticket = _Ticket()
+        ticket = TaskTicket()
         self._send_queue.append(ticket)
         try:
             while True:
@@ -438,7 +397,7 @@ class Link:
         finally:
             self._leave_send_queue(ticket)
 
-    async def _wait_in_send_queue(self, ticket: _Ticket) -> None:
+    async def _wait_in_send_queue(self, ticket: TaskTicket) -> None:
         self._check_thread()
         endpoint = self._endpoint
         if not endpoint._is_current_handler():
@@ -456,13 +415,13 @@ class Link:
         finally:
             endpoint._handler_waits = None
 
-    def _leave_send_queue(self, ticket: _Ticket | _ThreadTicket) -> None:
+    def _leave_send_queue(self, ticket: TaskTicket | ThreadTicket) -> None:
         self._send_queue.remove(ticket)
         try:
             head = self._send_queue[0]
         except IndexError:
             return
-        if isinstance(head, _ThreadTicket) or threading.get_ident() == self._thread:
+        if isinstance(head, ThreadTicket) or threading.get_ident() == self._thread:
             head.wake()
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(head.wake)
@@ -566,7 +525,7 @@ class Link:
         return self._take_from_inbox()
 
     async def _wait_for(self, take: Callable[[], T | None]) -> T:
-        ticket = _Ticket()
+        ticket = TaskTicket()
         self._receive_queue.append(ticket)
         try:
             while True:
@@ -743,6 +702,11 @@ class Link:
                 f"{self._url}: the kernel module of the other side is going away; connect again "
                 "when it is back"
             )
+        elif state not in (STATE_OPEN, STATE_CLOSED):
+            self._error = ProtocolError(
+                f"{self._url}: the other side says of itself that it is in the unknown state "
+                f"{state}; the link was closed"
+            )
         elif state != STATE_CLOSED:
             self._error = PeerClosedError(
                 f"{self._url}: the process at the other side died or dropped the link without "
@@ -774,13 +738,17 @@ class Link:
         self._wake_senders()
         for ticket in self._receive_queue:
             ticket.wake()
+        self._fail_requests()
+        if not self._done.done():
+            self._done.set_result(None)
+        self._endpoint._link_over(self, self._error)
+
+    def _fail_requests(self) -> None:
+        """No reply can come any more."""
         for future in self._requests.values():
             if not future.done():
                 future.set_exception(self._closed_error())
                 future.exception()  # the request may have been cancelled meanwhile
-        if not self._done.done():
-            self._done.set_result(None)
-        self._endpoint._link_over(self, self._error)
 
     def _wake_senders(self) -> None:
         for ticket in list(self._send_queue):
@@ -799,24 +767,22 @@ class Link:
             raise self._send_error(status, None)
 
     def _break(self, error: KucommsError) -> None:
-        """Close the link because the peer broke the rules."""
+        """Close the link because the peer broke the rules in what it sends."""
         if self._over:
             return
-        if self._error is None or not isinstance(self._error, ProtocolError):
+        if not isinstance(self._error, ProtocolError):
             self._error = error
-        self._channel.stop_sending(0)
-        if self._inbox and not self._endpoint._has_message_handler:
-            # what came before the fault can still be received
-            self._peer_gone = True
-            self._connection.close()
-            self._wake_senders()
-        elif self._inbox:
-            self._peer_gone = True
-            self._connection.close()
-            self._wake_senders()
-            self._endpoint._make_ready(self)
-        else:
+        self._channel.unmap()  # nothing behind the fault is read, even if it is mended
+        if not self._inbox:
             self._finish()
+            return
+        # what came before the fault can still be received
+        self._peer_gone = True
+        self._connection.close()
+        self._wake_senders()
+        self._fail_requests()
+        if self._endpoint._has_message_handler:
+            self._endpoint._make_ready(self)
 
     # ---- called by the transport and the endpoint --------------------------
 
@@ -858,6 +824,8 @@ class Link:
                 looked_again = False
                 continue
             if not self._channel.park_receive():
+                if self._peer_gone:
+                    self._fail_requests()
                 return
             if looked_again:  # there is something, and it does not fit
                 self._backlog_full = True
@@ -910,6 +878,8 @@ class Link:
 
     def _send_error(self, status: int, data: Any, size: int | None = None) -> KucommsError:
         """The error for a status of the channel that is not OK."""
+        if status == FULL and self._channel.forked:
+            status = FORKED  # those who wait for room do so in the parent
         if status == FULL:
             return QueueFull(
                 f"{self._url}: no room in the ring now; 'await link.send(...)' waits for room"
@@ -923,13 +893,16 @@ class Link:
         if status == CLOSED:
             return self._closed_error()
         if status == PROTOCOL:
-            self._break(
-                ProtocolError(
-                    f"{self._url}: the other side moved its position in the ring to where it "
-                    "cannot be; the link was closed"
-                )
+            error = ProtocolError(
+                f"{self._url}: the other side moved its position in the ring to where it "
+                "cannot be; the link was closed"
             )
-            return self._closed_error()
+            # that is what it receives; what it has sent is still delivered
+            if threading.get_ident() == self._thread:
+                self._peer_left(error)
+            elif not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._peer_left, error)
+            return error
         if status == WRONG_THREAD:
             return UsageError(
                 f"{self._url}: this link belongs to the thread of its endpoint's loop; from "
@@ -943,107 +916,6 @@ class Link:
         if status == TOO_MANY_LOANS:
             return QueueFull(f"{self._url}: too many loans are out; finish one first")
         return TransportError(0, f"{self._url}: unexpected status {status}")
-
-
-class Loan:
-    """A message that is written in place; see ``Link.loan``."""
-
-    __slots__ = ("_arguments", "_link", "_reservation", "data")
-
-    data: memoryview
-    """Writable, ``size`` bytes, valid inside the block."""
-
-    def __init__(
-        self, link: Link, size: int, type: int | None, id: int | None, user_value: int | None
-    ) -> None:
-        self._link = link
-        self._arguments = (size, type, id, user_value)
-
-    def __enter__(self) -> Loan:
-        self._reservation = self._link._reserve(*self._arguments)
-        self.data = memoryview(self._reservation)
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        reservation = self._reservation
-        try:
-            self.data.release()
-        except BufferError:  # something was made of the view itself
-            reservation.discard()
-            if exc is None:
-                raise self._survived() from None
-            return
-        if exc is not None:
-            reservation.discard()
-            return
-        status = reservation.commit()
-        if status == EMPTY:
-            raise self._survived()
-        if status != OK:
-            raise self._link._send_error(status, None)
-
-    def _survived(self) -> BufferError:
-        return BufferError(
-            f"{self._link.url}: a view of the loan outlived its block, so the message was "
-            "discarded; release slices before the block ends"
-        )
-
-
-class Borrowed:
-    """A message that is read in place; see ``Link.borrow``."""
-
-    __slots__ = ("_borrow", "_link", "_message")
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    async def __aenter__(self) -> Message:
-        link = self._link
-        taken: _core.Borrow | Message | None = None
-        if not link._receive_queue:
-            taken = link._take_borrow()
-        if taken is None:
-            taken = await link._wait_for(link._take_borrow)
-        self._borrow, self._message = borrowed_message(taken)
-        return self._message
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        end_borrow(self._link, self._borrow, self._message, exc)
-
-
-def borrowed_message(taken: _core.Borrow | Message) -> tuple[_core.Borrow | None, Message]:
-    """The message for a borrowed frame, or for one that had been copied already."""
-    if isinstance(taken, Message):
-        return None, Message(memoryview(taken.data), taken.type, taken.id, taken.user_value)
-    return taken, Message(memoryview(taken), taken.type, taken.id, taken.user_value)
-
-
-def end_borrow(
-    link: Link, borrow: _core.Borrow | None, message: Message, exc: BaseException | None
-) -> None:
-    """Release a borrowed message. Raises BufferError when a view of it lives on."""
-    try:
-        message.data.release()
-        released = borrow is None or borrow.release()
-    except BufferError:
-        if borrow is not None:
-            borrow.release()
-        released = False
-    if not released and exc is None:
-        raise BufferError(
-            f"{link.url}: a view of the borrowed message outlived its block; its bytes of the "
-            "ring stay taken until it dies. Release slices, or copy with bytes()"
-        )
 
 
 def _size_of(data: Any) -> int:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from kucomms._core import _ring, _setup  # type: ignore[attr-defined]
+from kucomms._core import _setup  # type: ignore[attr-defined]
 from kucomms._core._ring import (
     CLOSED,
     EMPTY,
@@ -123,6 +123,7 @@ class HalfChannel:
 
     def __init__(self, url: str, own: int, ring_size: int, fd: int, offset: int) -> None:
         self._url = url
+        self._pid = os.getpid()
         err = _ffi.new("int *")
         self._pointer = lib.setup_channel_new(own, ring_size, fd, offset, err)
         if not self._pointer:
@@ -148,9 +149,9 @@ class HalfChannel:
 
     def close(self) -> None:
         """Unmap, unless ``attach`` has made it a channel."""
-        if self._pointer:
+        if self._pointer and os.getpid() == self._pid:  # a forked child has no mapping
             lib.setup_channel_free(self._pointer)
-            self._pointer = None
+        self._pointer = None
 
 
 def poll(channels: Sequence[Channel], nanoseconds: int) -> bool:

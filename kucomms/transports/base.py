@@ -25,8 +25,15 @@ from kucomms.exceptions import AddressError, KucommsError
 if TYPE_CHECKING:
     from kucomms._core import Channel
 
-__all__ = ["Address", "Connection", "ConnectOptions", "ListenOptions", "Listener", "Peer",
-           "Transport"]
+__all__ = [
+    "Address",
+    "ConnectOptions",
+    "Connection",
+    "ListenOptions",
+    "Listener",
+    "Peer",
+    "Transport",
+]
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 _NAME = re.compile(rf"[A-Za-z0-9_]{{1,{_core.NAME_MAX}}}")

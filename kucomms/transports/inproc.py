@@ -146,6 +146,10 @@ class _Table:
     """Who listens at which name, and who waits for one. Used by all threads."""
 
     def __init__(self) -> None:
+        self.forget_all()
+
+    def forget_all(self) -> None:
+        """In a forked child: the loops of those who were there run in the parent only."""
         self._lock = threading.Lock()
         self._listeners: dict[str, InprocListener] = {}
         self._waiting: dict[str, list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
@@ -188,6 +192,7 @@ class _Table:
 
 
 _table = _Table()
+os.register_at_fork(after_in_child=_table.forget_all)
 
 
 def _make_pair(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who is at the other end of a Unix socket, and is it still alive?
+"""Who is at the other end of a Unix socket, and whether it is still alive.
 
 End of file on a socket is no proof of life: a forked child of a dead process can hold
 it open for ever. A pidfd refers to one process and becomes readable at its end.
@@ -37,15 +37,22 @@ def peer_pidfd(sock: socket.socket, url: str) -> int:
     try:
         return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENODATA):  # it was reaped, or is of no process
+            raise TransportError(
+                errno.ESRCH, f"{url}: the process at the other side is gone already"
+            ) from error
         if error.errno != errno.ENOPROTOOPT:
-            raise TransportError(error.errno, f"{url}: the peer is gone already") from error
-    pid, _uid = credentials(sock)
+            raise _cannot_watch(url, error) from error
     try:
-        return os.pidfd_open(pid)
+        return os.pidfd_open(credentials(sock)[0])
     except OSError as error:
-        raise TransportError(
-            error.errno, f"{url}: cannot watch the process {pid} at the other side"
-        ) from error
+        raise _cannot_watch(url, error) from error
+
+
+def _cannot_watch(url: str, error: OSError) -> TransportError:
+    return TransportError(
+        error.errno, f"{url}: cannot watch the process at the other side: {error.strerror}"
+    )
 
 
 def listener_is_alive(sock: socket.socket) -> bool:
@@ -53,7 +60,7 @@ def listener_is_alive(sock: socket.socket) -> bool:
     try:
         fd = peer_pidfd(sock, "")
     except TransportError as error:
-        return error.errno not in (errno.ESRCH, errno.EINVAL, errno.ENODATA)
+        return error.errno != errno.ESRCH
     try:
         poll = select.poll()
         poll.register(fd, select.POLLIN)

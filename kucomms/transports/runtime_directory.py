@@ -137,15 +137,19 @@ def bind(url: str, name: str, shared: bool) -> BoundSocket:
     path = shared_path(os.geteuid()) if shared else private_path()
     with _locked(url, path, shared) as fd:
         address = _address(fd, name)
-        if _is_taken(address):
+        try:
+            taken = _check_socket(url, path, fd, name, os.geteuid()) and _is_taken(url, address)
+        except FileNotFoundError:
+            taken = False
+        if taken:
             raise AddressInUseError(
                 f"{url}: another process listens there already; stop it, or use another name"
             )
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = _new_socket(url)
         try:
             sock.bind(address)
             if shared:
-                os.chmod(name, 0o666, dir_fd=fd)
+                os.chmod(name, 0o666, dir_fd=fd)  # noqa: S103 - the peer's uid is checked
             sock.listen(_BACKLOG)
             about = os.stat(name, dir_fd=fd, follow_symlinks=False)
         except OSError as error:
@@ -156,9 +160,26 @@ def bind(url: str, name: str, shared: bool) -> BoundSocket:
         return BoundSocket(url, path, name, shared, sock, about)
 
 
-def _is_taken(address: str) -> bool:
+def _new_socket(url: str) -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise TransportError(error.errno, f"{url}: no socket: {error.strerror}") from error
+
+
+def _check_socket(url: str, path: str, directory: int, name: str, uid: int) -> bool:
+    """True for a socket of this user. Raises FileNotFoundError, TransportError."""
+    about = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    if about.st_uid != uid or not stat.S_ISSOCK(about.st_mode):
+        raise TransportError(
+            errno.EPERM, f"{url}: {path}/{name} is not a socket of user {uid}; remove it"
+        )
+    return True
+
+
+def _is_taken(url: str, address: str) -> bool:
     """Whether a living process listens; what a dead one left is removed."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    with _new_socket(url) as probe:
         try:
             probe.connect(address)
         except FileNotFoundError:
@@ -187,14 +208,9 @@ def connect_socket(url: str, name: str, owner: int | None) -> socket.socket | No
         return None
     try:
         address = _address(fd, name)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = _new_socket(url)
         try:
-            about = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if about.st_uid != uid or not stat.S_ISSOCK(about.st_mode):
-                raise TransportError(
-                    errno.EPERM,
-                    f"{url}: {path}/{name} is not a socket of user {uid}; remove it",
-                )
+            _check_socket(url, path, fd, name, uid)
             sock.connect(address)
         except TransportError:
             sock.close()

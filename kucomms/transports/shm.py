@@ -19,6 +19,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from kucomms import _core
@@ -29,6 +30,7 @@ from kucomms.exceptions import (
     NotReadyError,
     ProtocolError,
     TransportError,
+    UsageError,
     VersionError,
 )
 from kucomms.transports.base import (
@@ -55,6 +57,8 @@ _BELL = bytes([lib.KUCOMMS_DOORBELL])
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
 # 0x10: F_SEAL_FUTURE_WRITE, linux/fcntl.h, not in Python 3.11's fcntl
 _SHM_PREFIX = "kucomms-"
+_FDS = 4
+"""Descriptors that are looked at in one part of a record; more than may come."""
 
 
 class ShmConnection(Connection):
@@ -113,7 +117,8 @@ class ShmConnection(Connection):
         sock, self._sock = self._sock, None
         if sock is None:
             return
-        if self._loop is not None and not self._loop.is_closed():
+        # A forked child shares the loop's epoll: what it took out there, it took from us.
+        if self._loop is not None and not self._loop.is_closed() and not self.channel.forked:
             self._loop.remove_reader(sock.fileno())
             self._loop.remove_reader(self._pidfd)
         sock.close()
@@ -165,46 +170,75 @@ def _is_ring_size(size: int) -> bool:
     return 0 < size <= 1 << 32 and _core.ring_size_for(size) == size
 
 
-async def _wait_readable(sock: socket.socket) -> None:
+async def _wait_readable(sock: socket.socket, pidfd: int) -> bool:
+    """Wait for the peer to say something or to die; whether it is dead.
+
+    Its end shows only in the pidfd when a forked child of it holds the socket open.
+    """
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    dead = False
+
+    def readable() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    def died() -> None:
+        nonlocal dead
+        dead = True
+        readable()
+
+    loop.add_reader(sock.fileno(), readable)
+    loop.add_reader(pidfd, died)
     try:
         await ready
     finally:
         loop.remove_reader(sock.fileno())
+        loop.remove_reader(pidfd)
+    return dead
 
 
 async def _receive_record(
-    url: str, sock: socket.socket, step: int, fds: list[int]
+    url: str, sock: socket.socket, pidfd: int, step: int, fds: list[int]
 ) -> Any:
     """The next record, and in ``fds`` the descriptors that came with it."""
     data = b""
+    dead = False
     item = array.array("i")
-    space = socket.CMSG_SPACE(item.itemsize * 4)
+    space = socket.CMSG_SPACE(item.itemsize * _FDS)
     while len(data) < _RECORD_SIZE:
         try:
-            part, ancillary, _flags, _address = sock.recvmsg(
+            part, ancillary, flags, _address = sock.recvmsg(
                 _RECORD_SIZE - len(data), space, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
-            await _wait_readable(sock)
+            if dead:
+                raise _dropped(url, errno.ECONNRESET) from None
+            dead = await _wait_readable(sock, pidfd)
             continue
         except OSError as error:
-            raise TransportError(
-                error.errno, f"{url}: the other side dropped the link while it was set up"
-            ) from error
+            raise _dropped(url, error.errno) from error
+        count = 0
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 passed = array.array("i")
                 passed.frombytes(payload[: len(payload) - len(payload) % item.itemsize])
                 fds.extend(passed)
-        if not part:
+                count += len(passed)
+        if flags & socket.MSG_CTRUNC and count < _FDS:
             raise TransportError(
-                errno.ECONNRESET, f"{url}: the other side dropped the link while it was set up"
+                errno.EMFILE,
+                f"{url}: no descriptor is left for the memory of the link; raise the limit of "
+                "open files (ulimit -n)",
             )
+        if not part:
+            raise _dropped(url, errno.ECONNRESET)
         data += part
     return _check_record(url, data, step)
+
+
+def _dropped(url: str, number: int | None) -> TransportError:
+    return TransportError(number, f"{url}: the other side dropped the link while it was set up")
 
 
 def _send_record(url: str, sock: socket.socket, data: bytes, fd: int | None = None) -> None:
@@ -215,9 +249,7 @@ def _send_record(url: str, sock: socket.socket, data: bytes, fd: int | None = No
     try:
         sent = sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
     except OSError as error:
-        raise TransportError(
-            error.errno, f"{url}: the other side dropped the link while it was set up"
-        ) from error
+        raise _dropped(url, error.errno) from error
     if sent != len(data):
         raise TransportError(errno.EAGAIN, f"{url}: the other side does not read its socket")
 
@@ -265,11 +297,7 @@ def _new_memory(url: str, size: int, sealed: bool) -> int:
 
 def _check_memory(url: str, fds: list[int], size: int, sealed: bool) -> int:
     """The one descriptor that was passed, if it is what was agreed on."""
-    if len(fds) != 1 or os.fstat(fds[0]).st_size != size:
-        raise ProtocolError(
-            f"{url}: the other side did not pass the {size} bytes of memory that it announced"
-        )
-    if sealed:
+    if sealed and len(fds) == 1:  # before anything that a file of theirs could hold up
         try:
             seals = fcntl.fcntl(fds[0], fcntl.F_GET_SEALS)
         except OSError:
@@ -278,6 +306,10 @@ def _check_memory(url: str, fds: list[int], size: int, sealed: bool) -> int:
             raise ProtocolError(
                 f"{url}: the other user's memory is not sealed against being changed under us"
             )
+    if len(fds) != 1 or os.fstat(fds[0]).st_size != size:
+        raise ProtocolError(
+            f"{url}: the other side did not pass the {size} bytes of memory that it announced"
+        )
     return fds[0]
 
 
@@ -312,6 +344,8 @@ class ShmListener(Listener):
         self._sockets: list[BoundSocket] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._watching = False
+        self._promised = 0  # links that are being set up
+        self._pid = os.getpid()
         _sweep()
         try:
             self._sockets.append(bind(address.url, address.name, shared=False))
@@ -347,15 +381,17 @@ class ShmListener(Listener):
             sock.setblocking(False)
             task = self._loop.create_task(self._welcome(sock), name=f"kucomms {self.url}")
             self._handshakes.add(task)
-            task.add_done_callback(self._welcomed)
+            task.add_done_callback(partial(self._welcomed, sock))
         self._watch(False)
 
     def _look_again(self) -> None:
         if self._sockets:
             self._watch(True)
 
-    def _welcomed(self, task: asyncio.Task[None]) -> None:
+    def _welcomed(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
         self._handshakes.discard(task)
+        if task.cancelled():
+            sock.close()  # the task may not even have begun
         if self._sockets and len(self._handshakes) < HANDSHAKES:
             self._watch(True)
         if not task.cancelled() and task.exception() is not None:
@@ -381,6 +417,7 @@ class ShmListener(Listener):
         fds: list[int] = []
         pidfd = -1
         half = None
+        promised = 0
         try:
             pid, uid = credentials(sock)
             own = uid == os.geteuid()
@@ -389,15 +426,17 @@ class ShmListener(Listener):
                 raise TransportError(errno.EPERM, f"{url}: user {uid} is not allowed")
             pidfd = peer_pidfd(sock, url)
             try:
-                wanted = await _receive_record(url, sock, lib.KUCOMMS_STEP_HELLO, fds)
+                wanted = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, fds)
             except VersionError:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_VERSION)
                 raise
             if fds or wanted.ring_size > 1 << 32:
                 raise ProtocolError(f"{url}: the other side sent nonsense as its greeting")
-            if self._links() >= self._options.max_links:
+            if self._links() + self._promised >= self._options.max_links:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_BUSY)
                 raise BusyError(f"{url}: all links are taken")
+            promised = 1
+            self._promised += 1
             ring_size = self._options.agree(wanted.ring_size)
             side = _core.side_size(ring_size)
             try:
@@ -424,7 +463,7 @@ class ShmListener(Listener):
             passed: list[int] = []
             try:
                 # This answer proves that the pidfd is the peer's.
-                await _receive_record(url, sock, lib.KUCOMMS_STEP_ATTACH, passed)
+                await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_ATTACH, passed)
                 if own:
                     if passed:
                         raise ProtocolError(f"{url}: the other side passed what was not asked for")
@@ -443,6 +482,7 @@ class ShmListener(Listener):
                 raise
             raise TransportError(error.errno, f"{url}: {error.strerror}") from error
         finally:
+            self._promised -= promised  # it is made now, in the same turn of the loop, or not
             _close_all(fds)
             if half is not None:
                 half.close()
@@ -461,6 +501,11 @@ class ShmListener(Listener):
         self._sockets.clear()
 
     async def aclose(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"{self.url}: this listener was made before a fork and cannot be closed in the "
+                "child; it belongs to the parent"
+            )
         self._close_sockets()
         tasks = list(self._handshakes)
         for task in tasks:
@@ -509,7 +554,7 @@ async def _attach(
             _record(lib.KUCOMMS_STEP_HELLO, hello=options.hello, ring_size=options.ring_size),
         )
         # This answer proves that the pidfd is the peer's.
-        setup = await _receive_record(url, sock, lib.KUCOMMS_STEP_SETUP, fds)
+        setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds)
         _check_status(url, setup.status)
         ring_size = int(setup.ring_size)
         if not _is_ring_size(ring_size):
@@ -528,7 +573,7 @@ async def _attach(
         else:
             half = _core.HalfChannel(url, 1, ring_size, theirs, side)
         channel = half.attach(theirs, 0)
-        _send_record(url, sock, _record(lib.KUCOMMS_STEP_ATTACH), mine)
+        _send_record(url, sock, _record(lib.KUCOMMS_STEP_ATTACH, ring_size=ring_size), mine)
         peer = Peer(pid=pid, uid=uid, hello=_hello_of(setup))
         connection = ShmConnection(url, channel, peer, sock, pidfd)
         pidfd = -1
@@ -555,7 +600,7 @@ def _check_status(url: str, status: int) -> None:
         )
     if status == lib.KUCOMMS_REFUSED_MEMORY:
         raise TransportError(
-            errno.ENOMEM,
+            errno.ENOSPC,
             f"{url}: the listener has no memory for the rings; ask for a smaller ring_size, or "
             "make room in /dev/shm",
         )

@@ -54,7 +54,6 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -319,7 +318,7 @@ static inline int kucomms_peer_pidfd(int fd)
 
 	if (!getsockopt(fd, SOL_SOCKET, KUCOMMS_SO_PEERPIDFD, &pidfd, &size))
 		return pidfd;
-	if (errno == ESRCH || errno == EINVAL)
+	if (errno == ESRCH || errno == EINVAL || errno == ENODATA)
 		return -ESRCH;
 	if (errno != ENOPROTOOPT)
 		return -errno;
@@ -597,6 +596,8 @@ static inline int kucomms_connect_handshake(struct kucomms_client *client,
 		return -EPROTONOSUPPORT;
 	case KUCOMMS_REFUSED_MEMORY:
 		return -ENOMEM;
+	case KUCOMMS_REFUSED_USER:
+		return -EPERM;
 	default:
 		return -EPROTO;
 	}
@@ -766,22 +767,23 @@ err_socket:
 	return err;
 }
 
-/* Remove objects of our user whose maker died before it could unlink them. */
+/*
+ * Remove what a process left that was killed between making and unlinking. Even
+ * while one is doing that it needs the name no more: it holds a descriptor.
+ */
 static inline void kucomms_memory_sweep(void)
 {
 	DIR *directory = opendir("/dev/shm");
-	char name[NAME_MAX + 2];
+	char name[NAME_MAX + 2], ours[32];
 	struct dirent *entry;
-	unsigned int uid;
-	int pid;
+	int length;
 
 	if (!directory)
 		return;
+	length = snprintf(ours, sizeof(ours), "kucomms-%u-",
+			  (unsigned int)geteuid());
 	while ((entry = readdir(directory))) {
-		if (sscanf(entry->d_name, "kucomms-%u-%d-", &uid, &pid) != 2 ||
-		    uid != geteuid() || pid <= 0)
-			continue;
-		if (!kill(pid, 0) || errno != ESRCH)
+		if (strncmp(entry->d_name, ours, (size_t)length))
 			continue;
 		snprintf(name, sizeof(name), "/%s", entry->d_name);
 		shm_unlink(name);
@@ -879,6 +881,7 @@ static inline void kucomms_listener_close(struct kucomms_listener *listener)
 
 	if (listener->socket < 0)
 		return;
+	/* While our socket is open, no other can have its inode number. */
 	if (!kucomms_directory_lock(listener->directory)) {
 		if (!fstatat(listener->directory, listener->name, &status,
 			     AT_SYMLINK_NOFOLLOW) &&
@@ -943,7 +946,7 @@ static inline int kucomms_listener_handshake(struct kucomms_listener *listener,
 				     &file, end);
 	if (file >= 0)
 		close(file);
-	if (!err && record.ring_size != size)
+	if (!err && record.ring_size && record.ring_size != size)
 		err = -EPROTO;
 	if (!err)
 		err = kucomms_channel_attach(&client->channel, memory, side);

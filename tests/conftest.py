@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+"""What all tests share: every asynchronous test runs on asyncio and on uvloop."""
+
+import asyncio
+import shutil
+import tempfile
+
+import pytest
+import uvloop
+
+
+def pytest_asyncio_loop_factories(config, item):
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir(monkeypatch):
+    """A rendezvous directory of this test's own."""
+    path = tempfile.mkdtemp(prefix="kucomms-test-")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", path)
+    yield path
+    shutil.rmtree(path)

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MIT
+"""The other side of a shm:// link, written by hand, so that it can break every rule.
+
+Knows the layout from ``kucomms.h`` and ``rendezvous.h`` and uses nothing of the package.
+Its methods block; those that need an answer of this process's loop run in a thread.
+"""
+
+import array
+import mmap
+import os
+import random
+import socket
+import struct
+
+MAGIC = 0x736D6D6F63756B
+VERSION = 1
+HELLO, SETUP, ATTACH = 1, 2, 3
+ACCEPTED, REFUSED_BUSY, REFUSED_VERSION, REFUSED_MEMORY, REFUSED_USER = range(5)
+SEALED = 1
+BUSY, DISCARD, REPLY = 1, 2, 4
+HEADER = 32
+PAGE = mmap.PAGESIZE
+PATIENCE = 10.0
+
+_RECORD = struct.Struct("<QIIQQIIII64s")
+_GEOMETRY = struct.Struct("<QII14Q")
+
+
+def side_size(ring_size):
+    return 3 * PAGE + ring_size
+
+
+def record(
+    step,
+    *,
+    magic=MAGIC,
+    version=VERSION,
+    features=0,
+    ring_size=0,
+    status=0,
+    flags=0,
+    hello=b"",
+    hello_length=None,
+    reserved=0,
+):
+    """The bytes of a struct kucomms_rendezvous."""
+    length = len(hello) if hello_length is None else hello_length
+    return _RECORD.pack(
+        magic, version, step, features, ring_size, status, flags, length, reserved, hello
+    )
+
+
+def geometry(side, ring_size, /, **wrong):
+    """The bytes of a struct kucomms_geometry; ``wrong`` replaces fields."""
+    fields = {
+        "magic": MAGIC,
+        "version": VERSION,
+        "side": side,
+        "features": 0,
+        "page_size": PAGE,
+        "ring_size": ring_size,
+        "producer_offset": PAGE,
+        "consumer_offset": 2 * PAGE,
+        "data_offset": 3 * PAGE,
+        "frame_size": HEADER,
+        "reserved": 0,
+        "last": 0,
+    }
+    fields.update(wrong)
+    *front, reserved, last = fields.values()
+    return _GEOMETRY.pack(*front, reserved, 0, 0, 0, 0, 0, last)
+
+
+class Answer:
+    """A record that was received."""
+
+    def __init__(self, data):
+        (
+            self.magic,
+            self.version,
+            self.step,
+            self.features,
+            self.ring_size,
+            self.status,
+            self.flags,
+            length,
+            _reserved,
+            hello,
+        ) = _RECORD.unpack(data)
+        self.hello = hello[:length]
+
+
+def send(sock, data, fds=()):
+    ancillary = []
+    if fds:
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)))
+    assert sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL) == len(data)
+
+
+def receive(sock):
+    """A record and the descriptors that came with it. Raises EOFError."""
+    data, fds = b"", array.array("i")
+    while len(data) < _RECORD.size:
+        part, ancillary, _flags, _address = sock.recvmsg(
+            _RECORD.size - len(data), socket.CMSG_SPACE(16)
+        )
+        if not part:
+            raise EOFError
+        data += part
+        for _level, _kind, payload in ancillary:
+            fds.frombytes(payload)
+    return Answer(data), list(fds)
+
+
+def is_closed(sock):
+    """Wait for what comes next: whether it is the end."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def connect(name, directory=None):
+    """A socket connected to the listener of this name."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE)
+    sock.connect(os.path.join(directory or runtime_path(), name))
+    return sock
+
+
+def runtime_path():
+    return os.path.join(os.environ["XDG_RUNTIME_DIR"], "kucomms")
+
+
+class RawPeer:
+    """One side of a channel: it can write everything that is not ours alone."""
+
+    def __init__(self, sock, fd, own, ring_size):
+        self.sock = sock
+        self.own = own
+        self.ring_size = ring_size
+        self._memory = mmap.mmap(fd, 2 * side_size(ring_size))
+        self.position = 0  # as a good producer
+        self.consumed = 0  # as a good consumer
+
+    # ---- raw access ----------------------------------------------------------
+
+    def offset(self, page, side=None):
+        """Of a page of a side: 0 geometry, 1 producer, 2 consumer, 3 data."""
+        return (self.own if side is None else side) * side_size(self.ring_size) + page * PAGE
+
+    def write(self, at, data):
+        self._memory[at : at + len(data)] = data
+
+    def write64(self, at, value):
+        self.write(at, (value % 2**64).to_bytes(8, "little"))
+
+    def read64(self, at):
+        return int.from_bytes(self._memory[at : at + 8], "little")
+
+    def write_data(self, position, data):
+        """Into our ring, around its end."""
+        at = position % self.ring_size
+        first = min(len(data), self.ring_size - at)
+        base = self.offset(3)
+        self.write(base + at, data[:first])
+        self.write(base, data[first:])
+
+    # ---- a producer ----------------------------------------------------------
+
+    def frame(self, data=b"", *, length=None, flags=0, kind=0, zero=0, type=0, id=0, value=0):
+        """Write a frame behind the last one, without publishing it."""
+        length = len(data) if length is None else length
+        control = length | flags << 32 | kind << 48 | zero << 56
+        self.write_data(self.position, struct.pack("<4Q", control, type, id, value) + data)
+        self.position += HEADER + (len(data) + 7) // 8 * 8
+
+    def publish(self, position=None):
+        self.write64(self.offset(1), self.position if position is None else position)
+
+    def send(self, *messages):
+        """Send good messages."""
+        for data in messages:
+            self.frame(data)
+        self.publish()
+        self.ring()
+
+    def park_for_space(self, epoch):
+        self.write64(self.offset(1) + 128, epoch)
+
+    def set_state(self, state):
+        self.write(self.offset(1) + 256, state.to_bytes(4, "little"))
+
+    # ---- a consumer ----------------------------------------------------------
+
+    @property
+    def available(self):
+        """How far the other side has written."""
+        return self.read64(self.offset(1, 1 - self.own))
+
+    def consume(self, position=None):
+        """Say that everything up to there was read."""
+        self.consumed = self.available if position is None else position
+        self.write64(self.offset(2), self.consumed)
+
+    # ---- the socket ----------------------------------------------------------
+
+    def ring(self, data=b"\x01"):
+        self.sock.send(data)
+
+    def close(self):
+        self._memory.close()
+        self.sock.close()
+
+
+def connect_by_hand(name, ring_size=0, *, hello=b"", attach=None, **wrong_geometry):
+    """Complete the rendezvous as a connecting side."""
+    sock = connect(name)
+    send(sock, record(HELLO, ring_size=ring_size, hello=hello))
+    setup, (fd,) = receive(sock)
+    assert (setup.step, setup.status, setup.flags) == (SETUP, ACCEPTED, 0)
+    peer = RawPeer(sock, fd, 1, setup.ring_size)
+    os.close(fd)
+    peer.hello = setup.hello
+    peer.write(peer.offset(0), geometry(1, setup.ring_size, **wrong_geometry))
+    send(sock, record(ATTACH) if attach is None else attach)
+    return peer
+
+
+class RawListener:
+    """Listens at a name, as a dead or broken process or a hostile one would."""
+
+    def __init__(self, name):
+        os.makedirs(runtime_path(), 0o700, exist_ok=True)
+        self._path = os.path.join(runtime_path(), name)
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.bind(self._path)
+        self.sock.listen()
+
+    def accept(self):
+        """The next connection, its greeting read."""
+        sock, _address = self.sock.accept()
+        sock.settimeout(PATIENCE)
+        hello, fds = receive(sock)
+        assert (hello.step, fds) == (HELLO, [])
+        return sock, hello
+
+    def accept_by_hand(self, ring_size=PAGE, *, hello=b"", **wrong_geometry):
+        """Complete the rendezvous as a listening side."""
+        sock, greeting = self.accept()
+        fd = memory(2 * side_size(ring_size))
+        peer = RawPeer(sock, fd, 0, ring_size)
+        peer.hello = greeting.hello
+        peer.write(peer.offset(0), geometry(0, ring_size, **wrong_geometry))
+        send(sock, record(SETUP, ring_size=ring_size, hello=hello), [fd])
+        os.close(fd)
+        try:
+            attach, fds = receive(sock)
+            assert (attach.step, fds) == (ATTACH, [])
+        except BaseException:
+            peer.close()
+            raise
+        return peer
+
+    def close(self, leave_socket=False):
+        self.sock.close()
+        if not leave_socket:
+            os.unlink(self._path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self.close()
+
+
+def memory(size, seals=None):
+    """A new file in memory."""
+    fd = os.memfd_create("raw", os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if seals else 0))
+    os.ftruncate(fd, size)
+    return fd
+
+
+def garbage(peer: RawPeer, random: random.Random):
+    """Write nonsense into all that this side shares, some of it almost right."""
+
+    def nearly():
+        return random.choice(
+            [
+                0,
+                1,
+                8,
+                peer.position + random.choice([-64, -8, -1, 1, 8, 64, peer.ring_size]),
+                peer.ring_size,
+                2**31,
+                2**32 - 8,
+                2**63,
+                2**64 - 8,
+                random.getrandbits(64),
+                random.getrandbits(12) * 8,
+            ]
+        )
+
+    for _ in range(random.randrange(1, 12)):
+        match random.randrange(9):
+            case 0:
+                peer.frame(random.randbytes(random.randrange(64)))
+                peer.publish()
+            case 1:
+                peer.frame(
+                    random.randbytes(random.randrange(64)),
+                    length=random.choice([None, nearly() % 2**32]),
+                    flags=random.choice([0, BUSY, DISCARD, REPLY, 7, 8, 0x8000]),
+                    kind=random.choice([0, 0, 0, 1, 2, 255]),
+                    zero=random.choice([0, 0, 0, 1]),
+                )
+                peer.publish()
+            case 2:
+                peer.publish(nearly())
+            case 3:
+                peer.consume(nearly() % 2**64)
+            case 4:
+                peer.park_for_space(nearly())
+                peer.write64(peer.offset(2) + 128, nearly())
+            case 5:
+                page = random.randrange(3)
+                peer.write(peer.offset(page), random.randbytes(PAGE))
+            case 6:
+                at = random.randrange(peer.ring_size)
+                peer.write_data(at, random.randbytes(random.randrange(1, PAGE)))
+            case 7:
+                peer.set_state(random.choice([0, 0, 0, 1, 2, 3, 2**32 - 1]))
+            case 8:
+                peer.sock.setblocking(False)
+                try:
+                    peer.ring(random.choice([b"\x01", b"\x01" * 3000, random.randbytes(9)]))
+                except OSError:
+                    pass
+        try:
+            peer.ring()
+        except OSError:
+            return
