@@ -444,12 +444,14 @@ class Endpoint:
 
     async def _run(self) -> None:
         """Call every handler, one at a time, until the endpoint stops."""
+        self._held_since = monotonic()
         try:
             while not self._stopping or self._events:
                 self._arm_watch()
-                self._held_since = monotonic()
                 while self._events:
                     await self._handle_event(*self._events.popleft())
+                if self._stopping:
+                    continue
                 await self._run_ticks(again=self._work_again)
                 for _ in range(len(self._ready)):
                     if self._stopping:
@@ -668,6 +670,9 @@ class Endpoint:
     async def _park(self) -> None:
         """Sleep until something wakes us or a tick is due."""
         if self._busy_poll and await self._poll():
+            # what was found may be nothing to handle, over and over
+            if monotonic() - self._held_since > _HOLD:
+                await self._give_way()
             return
         deadline = self._scheduler.next_deadline
         self._sleep = self._loop.create_future()
@@ -682,6 +687,7 @@ class Endpoint:
             self._sleep = None
             if timer is not None:
                 timer.cancel()
+        self._held_since = monotonic()
         self._wakeups += 1
 
     def _wake(self) -> None:
@@ -710,6 +716,7 @@ class Endpoint:
             hit = _core.poll(channels, int(_POLL_SLICE * 1e9))
             if not hit:
                 await asyncio.sleep(0)
+                self._held_since = monotonic()
                 hit = bool(self._ready or self._events)
             now = monotonic()
         self._time_polling += now - begin

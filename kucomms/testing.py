@@ -655,10 +655,11 @@ async def check_loan_survivor(harness: Harness) -> None:
             assert link.url in str(error)
         else:
             raise AssertionError("the surviving slice was not noticed")
-        for number in range(100):  # the survivor cannot spoil what comes later
-            survivor[:] = b"\xff" * 10
+        for number in range(2):  # the survivor cannot spoil what comes later
             await link.send(numbered(number, 1000))
+            survivor[:] = b"\xff" * 10
             verify(await link.receive(), number)
+        expect_call(QueueFull, lambda: link.send_nowait(bytes(2000)))
         survivor.release()
         await link.send(numbered(0, link.max_message_size))
         verify(await link.receive(), 0)
@@ -732,10 +733,8 @@ async def check_handlers(harness: Harness) -> None:
     @endpoint.on_message
     async def message(message: Message, link: Link) -> None:
         async with alone("message"):
-            assert await link.request(b"r", type=REPLY) == Message(b"r", REPLY, link_ids(link), 0)
-
-    def link_ids(link: Link) -> int:
-        return link._next_id
+            reply = await link.request(b"r", type=REPLY, timeout=PATIENCE)
+            assert (reply.data, reply.type) == (b"r", REPLY)
 
     @endpoint.on_work
     async def work() -> None:

@@ -840,7 +840,7 @@ async def test_doorbell_flood(name, role, receiving):
 @pytest.mark.parametrize("seed", range(3))
 async def test_random_garbage(name, receiving, seed):
     """Whatever a peer writes: the link ends, the endpoint and its other link do not."""
-    rounds = 100
+    rounds = 300
     chance = random.Random(seed)
     async with (
         Endpoint("attacked", busy_poll=0.0005 if seed == 2 else 0.0) as endpoint,

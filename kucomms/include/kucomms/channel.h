@@ -480,6 +480,23 @@ static inline void kucomms_cpu_relax(void)
 }
 
 /*
+ * Is there something at the front, a message or nonsense? A busy frame is not:
+ * the peer may take as long as it likes to commit it.
+ */
+static inline int kucomms_channel_has_front(const struct kucomms_channel *channel)
+{
+	const struct kucomms_ring_consumer *rx = &channel->rx;
+	const struct kucomms_frame *frame;
+
+	/* Only a hint, so unordered; the peek that follows looks properly. */
+	if (READ_ONCE(rx->peer->position) == rx->position)
+		return 0;
+	frame = (const struct kucomms_frame *)
+		(rx->data + (rx->position & (rx->size - 1)));
+	return !(READ_ONCE(frame->control) & (uint64_t)KUCOMMS_FLAG_BUSY << 32);
+}
+
+/*
  * Spin until one of @count channels has something to read (or is in error), at
  * most @nanoseconds. Return: 1 when there is something, else 0.
  */
@@ -493,14 +510,9 @@ static inline int kucomms_channels_poll(struct kucomms_channel *const *channels,
 
 	for (;;) {
 		for (round = 0; round < 32; round++) {
-			for (i = 0; i < count; i++) {
-				const struct kucomms_ring_consumer *rx =
-					&channels[i]->rx;
-
-				if (READ_ONCE(rx->peer->position) !=
-				    rx->position)
+			for (i = 0; i < count; i++)
+				if (kucomms_channel_has_front(channels[i]))
 					return 1;
-			}
 			kucomms_cpu_relax();
 		}
 		clock_gettime(CLOCK_MONOTONIC, &now);
