@@ -132,6 +132,7 @@ class Endpoint:
         self._work_again = False
         self._held_since = 0.0
         # what the handler that is running waits for, to be told that it waits in vain
+        self._serving: Link | None = None
         self._handler_waits: Callable[[BaseException], None] | None = None
         self._backlog_used = 0
         self._backlog_is_full = False
@@ -359,7 +360,7 @@ class Endpoint:
         )
         connection = await transports.find(address).connect(address, options)
         if self._stopping:
-            connection.close()
+            _decline(connection)
             raise self._closed_error()
         return self._add_link(connection)
 
@@ -416,9 +417,7 @@ class Endpoint:
     def _accept(self, connection: Connection) -> None:
         """Take a connection that a listener has made."""
         if self._stopping:
-            connection.channel.attach(connection.ring)
-            connection.channel.stop_sending(_core.STATE_CLOSED)
-            connection.close()
+            _decline(connection)
         else:
             self._add_link(connection)
 
@@ -457,6 +456,7 @@ class Endpoint:
                     if self._stopping:
                         break
                     await self._serve(self._ready.popleft())
+                    await self._glance()
                 if self._ready or self._events or self._work_again:
                     await self._give_way()
                 elif not self._stopping:
@@ -516,26 +516,30 @@ class Endpoint:
         is_coroutine = inspect.iscoroutinefunction(handler)
         begin = monotonic()
         self._in_handler = True
+        self._serving = link
         countdown = _GLANCE
+        count = 0
         try:
             for message in messages:
+                count += 1
                 try:
                     result = handler(message, link)
-                    if is_coroutine or inspect.isawaitable(result):
+                    if is_coroutine or (result is not None and inspect.isawaitable(result)):
                         await result
                 except Exception as error:
                     await self._handler_failed(error, "on_message")
                 except asyncio.CancelledError as error:
                     await self._handler_cancelled(error, "on_message")
-                    if self._stopping:
-                        return
+                if link._closed_here:
+                    break
                 countdown -= 1
                 if not countdown:
                     countdown = _GLANCE
                     await self._glance()
         finally:
             self._in_handler = False
-            self._message_calls += len(messages)
+            self._serving = None
+            self._message_calls += count
             self._time_in_handlers += monotonic() - begin
 
     async def _serve_borrowed(self, link: Link) -> int:
@@ -555,10 +559,11 @@ class Endpoint:
                 borrow, message = borrowed_message(taken)
                 count += 1
                 self._in_handler = True
+                self._serving = link
                 failed: BaseException | None = None
                 try:
                     result = handler(message, link)
-                    if inspect.isawaitable(result):
+                    if result is not None and inspect.isawaitable(result):
                         await result
                 except Exception as error:
                     failed = error
@@ -572,8 +577,7 @@ class Endpoint:
                     except BufferError as error:
                         await self._handler_failed(error, "on_message")
                     self._in_handler = False
-                if self._stopping:
-                    break
+                    self._serving = None
                 countdown -= 1
                 if not countdown:
                     countdown = _GLANCE
@@ -705,31 +709,37 @@ class Endpoint:
 
     async def _poll(self) -> bool:
         """Spin for a while before parking; the budget follows its success."""
-        channels = [link._channel for link in self._links if not link._peer_gone]
-        if not channels or not self._has_message_handler or self._poll_budget < _POLL_SLICE:
-            self._poll_budget = min(self._busy_poll, self._poll_budget + _POLL_SLICE / 8)
+        links = [link for link in self._links if not link._peer_gone]
+        piece = min(_POLL_SLICE, self._busy_poll)
+        if not links or not self._has_message_handler or self._poll_budget < piece:
+            self._poll_budget += piece / 8  # so that it is tried again some time
             return False
         begin = now = monotonic()
-        end = begin + self._poll_budget
+        end = min(begin + self._poll_budget, self._scheduler.next_deadline)
+        channels = [link._channel for link in links]
         hit = False
-        while not hit and now < min(end, self._scheduler.next_deadline):
-            hit = _core.poll(channels, int(_POLL_SLICE * 1e9))
+        while not hit and now < end and not self._stopping:
+            hit = _core.poll(channels, int(piece * 1e9))
             if not hit:
                 await asyncio.sleep(0)
-                self._held_since = monotonic()
                 hit = bool(self._ready or self._events)
+                channels = [link._channel for link in links if not link._peer_gone]
             now = monotonic()
         self._time_polling += now - begin
         if hit:
             self._polls_hit += 1
             self._poll_budget = self._busy_poll
-            for link in self._links:
-                if not link._queued:
-                    link._queued = True
-                    self._ready.append(link)
         else:
             self._polls_missed += 1
             self._poll_budget /= 2
+        for link in links:
+            if link._over:
+                continue
+            if hit and link._channel.rx_avail:
+                link._polls_hit += 1
+                self._make_ready(link)
+            else:
+                link._polls_missed += 1
         return hit or self._stopping
 
     def _arm_watch(self) -> None:
@@ -743,11 +753,17 @@ class Endpoint:
         if self._in_handler:
             self._keep_draining()
 
-    def _keep_draining(self) -> None:
-        """A handler waits: take what has arrived into the backlog, and ask for doorbells."""
+    def _keep_draining(self, waits_for: Link | None = None) -> None:
+        """A handler waits: take what has arrived into the backlog, and ask for doorbells.
+
+        The links that are neither ready, nor being served, nor the one that the handler
+        waits for, have been parked before and will ring.
+        """
         self._backlog_is_full = False
-        for link in tuple(self._links):
-            if self._has_message_handler and not link._over:
+        if not self._has_message_handler:
+            return
+        for link in {self._serving, waits_for, *self._ready}:
+            if link is not None and not link._over:
                 if not link._queued:
                     link._queued = True
                     self._ready.append(link)
@@ -800,6 +816,14 @@ class Endpoint:
 
     def _closed_error(self) -> ClosedError:
         return ClosedError(f"endpoint {self.name!r} is closed; make a new one")
+
+
+def _decline(connection: Connection) -> None:
+    """Close in order what no link is made of any more."""
+    connection.channel.attach(connection.ring)
+    connection.channel.stop_sending(_core.STATE_CLOSED)
+    connection.close()
+    connection.channel.unmap()
 
 
 def _check_hello(hello: bytes) -> bytes:

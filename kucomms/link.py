@@ -404,7 +404,7 @@ class Link:
             await ticket.wait()
             return
         # A handler waits: nobody else takes messages out of the rings meanwhile.
-        endpoint._keep_draining()
+        endpoint._keep_draining(self)
         if self._cannot_send():
             return
         if endpoint._backlog_is_full:
@@ -476,8 +476,10 @@ class Link:
 
     def _take(self) -> Message | None:
         """The next message if there is one. Raises when none can come any more."""
-        if not self._inbox:
+        if not self._inbox and not self._peer_gone:
             self._fill()
+            if self._requests:
+                self._pump()  # whoever waits for a reply wants the doorbell armed
         if self._inbox:
             return self._take_from_inbox()
         self._raise_if_ended()
@@ -492,7 +494,8 @@ class Link:
             self._endpoint._backlog_eased(self)
         return message
 
-    def _fill(self) -> None:
+    def _fill(self) -> bool:
+        """Move some messages from the ring into the inbox; whether there were any."""
         messages: list[Message] = []
         replies: list[Message] = []
         status = self._channel.receive(_FILL, _UNLIMITED, messages, replies)
@@ -502,20 +505,21 @@ class Link:
             self._resolve(replies)
         if status != OK:
             self._receive_failed(status)
-        if self._peer_gone and not messages and not replies:
-            self._finish()
+            return False
+        return bool(messages or replies)
 
     def _take_borrow(self) -> _core.Borrow | Message | None:
         while not self._inbox:
+            self._raise_if_ended()
             borrow = self._channel.borrow()
             if isinstance(borrow, int):
                 if borrow not in (EMPTY, CLOSED):
                     self._receive_failed(borrow)
-                if self._peer_gone:
-                    self._finish()
                 self._raise_if_ended()
                 return None
             if not borrow.flags & FLAG_REPLY:
+                if self._requests and not self._endpoint._has_message_handler:
+                    self._pump()  # as in _take
                 return borrow
             data = memoryview(borrow)
             reply = Message(bytes(data), borrow.type, borrow.id, borrow.user_value)
@@ -553,6 +557,8 @@ class Link:
             )
 
     def _raise_if_ended(self) -> None:
+        if self._peer_gone and not self._inbox:
+            self._finish()
         if self._over:
             raise self._closed_error()
 
@@ -637,7 +643,7 @@ class Link:
     async def _wait_for_reply(self, future: asyncio.Future[Message]) -> Message:
         endpoint = self._endpoint
         if endpoint._is_current_handler():
-            endpoint._keep_draining()
+            endpoint._keep_draining(self)
             if endpoint._backlog_is_full and not future.done():
                 raise self._backlog_error()
 
@@ -712,15 +718,18 @@ class Link:
                 f"{self._url}: the process at the other side died or dropped the link without "
                 "closing it; connect again when it is back"
             )
+        # The rest, which the ring bounds; after it no request can be answered any more.
+        while not self._over and self._fill():
+            pass
+        self._fail_requests()
         self._wake_senders()
+        if self._over:
+            return
         if self._endpoint._has_message_handler:
             self._endpoint._make_ready(self)
-            return
-        if self._requests:
-            self._pump()  # the replies may be there already
-        if not self._inbox and not self._over:
-            self._fill()
-        if self._receive_queue:
+        elif not self._inbox:
+            self._finish()
+        elif self._receive_queue:
             self._receive_queue[0].wake()
 
     def _finish(self) -> None:

@@ -43,8 +43,10 @@ def shared_path(uid: int) -> str:
 
 def _open(url: str, path: str, uid: int, shared: bool) -> int:
     """A descriptor of the directory, checked. Raises FileNotFoundError, TransportError."""
+    # That of another user we can pass through, not read.
+    access = os.O_RDONLY if uid == os.geteuid() else os.O_PATH
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, access | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -170,40 +170,55 @@ def _is_ring_size(size: int) -> bool:
     return 0 < size <= 1 << 32 and _core.ring_size_for(size) == size
 
 
-async def _wait_readable(sock: socket.socket, pidfd: int) -> bool:
-    """Wait for the peer to say something or to die; whether it is dead.
+async def _wait_readable(
+    sock: socket.socket, pidfd: int, ended: asyncio.Future[None] | None
+) -> bool:
+    """Wait for the peer to say something; whether this is the last chance to hear it.
 
-    Its end shows only in the pidfd when a forked child of it holds the socket open.
+    That is so when it is dead, which shows only in the pidfd when a forked child of it
+    holds the socket open, and when ``ended`` is done.
     """
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    dead = False
+    last = False
 
     def readable() -> None:
         if not ready.done():
             ready.set_result(None)
 
-    def died() -> None:
-        nonlocal dead
-        dead = True
+    def over(_ended: object = None) -> None:
+        nonlocal last
+        last = True
         readable()
 
     loop.add_reader(sock.fileno(), readable)
-    loop.add_reader(pidfd, died)
+    loop.add_reader(pidfd, over)
+    if ended is not None:
+        ended.add_done_callback(over)
     try:
         await ready
     finally:
         loop.remove_reader(sock.fileno())
         loop.remove_reader(pidfd)
-    return dead
+        if ended is not None:
+            ended.remove_done_callback(over)
+    return last
 
 
 async def _receive_record(
-    url: str, sock: socket.socket, pidfd: int, step: int, fds: list[int]
+    url: str,
+    sock: socket.socket,
+    pidfd: int,
+    step: int,
+    fds: list[int],
+    ended: asyncio.Future[None] | None = None,
 ) -> Any:
-    """The next record, and in ``fds`` the descriptors that came with it."""
+    """The next record, and in ``fds`` the descriptors that came with it.
+
+    ``ended``: when it is done, only what has arrived already is taken.
+    """
     data = b""
-    dead = False
+    last = False
     item = array.array("i")
     space = socket.CMSG_SPACE(item.itemsize * _FDS)
     while len(data) < _RECORD_SIZE:
@@ -212,9 +227,9 @@ async def _receive_record(
                 _RECORD_SIZE - len(data), space, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
-            if dead:
+            if last:
                 raise _dropped(url, errno.ECONNRESET) from None
-            dead = await _wait_readable(sock, pidfd)
+            last = await _wait_readable(sock, pidfd, ended)
             continue
         except OSError as error:
             raise _dropped(url, error.errno) from error
@@ -346,6 +361,7 @@ class ShmListener(Listener):
         self._watching = False
         self._promised = 0  # links that are being set up
         self._pid = os.getpid()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         _sweep()
         try:
             self._sockets.append(bind(address.url, address.name, shared=False))
@@ -426,7 +442,9 @@ class ShmListener(Listener):
                 raise TransportError(errno.EPERM, f"{url}: user {uid} is not allowed")
             pidfd = peer_pidfd(sock, url)
             try:
-                wanted = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, fds)
+                wanted = await _receive_record(
+                    url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, fds, self._ended
+                )
             except VersionError:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_VERSION)
                 raise
@@ -445,8 +463,10 @@ class ShmListener(Listener):
                 half = _core.HalfChannel(url, 0, ring_size, fd, 0)
                 if not own:
                     _seal(fd)
-            except OSError:
-                self._refuse(sock, lib.KUCOMMS_REFUSED_MEMORY)
+            except OSError as error:
+                # For want of descriptors it is dropped, as when it could not be accepted.
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    self._refuse(sock, lib.KUCOMMS_REFUSED_MEMORY)
                 raise
             flags = 0 if own else lib.KUCOMMS_SEALED
             _send_record(
@@ -463,7 +483,9 @@ class ShmListener(Listener):
             passed: list[int] = []
             try:
                 # This answer proves that the pidfd is the peer's.
-                await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_ATTACH, passed)
+                await _receive_record(
+                    url, sock, pidfd, lib.KUCOMMS_STEP_ATTACH, passed, self._ended
+                )
                 if own:
                     if passed:
                         raise ProtocolError(f"{url}: the other side passed what was not asked for")
@@ -507,11 +529,11 @@ class ShmListener(Listener):
                 "child; it belongs to the parent"
             )
         self._close_sockets()
-        tasks = list(self._handshakes)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if not self._ended.done():
+            self._ended.set_result(None)
+        # A peer that has finished its part has a link already, and keeps it.
+        if self._handshakes:
+            await asyncio.wait(self._handshakes)
 
 
 # ---- connecting -------------------------------------------------------------

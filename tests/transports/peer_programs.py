@@ -241,6 +241,11 @@ async def connects(url, options="{}"):
 
 
 def become_another_user():
+    """For good. The interpreter's own files may be out of reach then."""
+    import concurrent.futures.thread
+
+    import kucomms.transports.shm  # noqa: F401
+
     os.setgroups([])
     os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
     os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)

@@ -727,6 +727,83 @@ async def test_bad_consumer_position_under_waiting_senders(name, role):
 
 
 @roles
+async def test_bad_consumer_position_seen_by_a_thread(name, role):
+    """It is told; what has to be done about the link is done in the loop's thread."""
+    async with attacked(role, name) as (link, peer, _received, closed):
+        fill(link)
+        peer.consume(peer.available + 8)
+        peer.send(*GOOD)
+        with pytest.raises(ProtocolError, match=link.url):
+            await asyncio.to_thread(link.send_threadsafe, bytes(8), timeout=PATIENCE)
+        await assert_broken(link, closed, GOOD)
+
+
+@roles
+async def test_broadcast_passes_over_a_broken_link(name, role):
+    async with attacked(role, name) as (link, peer, _received, closed):
+        fill(link)
+        peer.consume(peer.available + 8)
+        opened = asyncio.get_running_loop().create_future()
+        async with Endpoint("listener") as listener:
+            await listener.listen(f"shm://{name}_another")
+            listener.on_link_open(opened.set_result)
+            another = await link._endpoint.connect(f"shm://{name}_another")
+            # first to the bystander, whose echo of it comes back there
+            assert link._endpoint.broadcast(b"1" * 40) == 2
+            assert (await (await opened).receive()).data == b"1" * 40
+            await another.aclose()
+        await assert_broken(link, closed)
+
+
+@roles
+@pytest.mark.parametrize("kind", ["request", "late_request"])
+async def test_requests_end_with_a_breach(name, role, kind):
+    """Also when messages that came before it were not received yet."""
+    async with attacked(role, name) as (link, peer, _received, closed):
+        if kind == "late_request":
+            peer.send(*GOOD)
+        requests = [asyncio.create_task(link.request(b"")) for _ in range(3)]
+        await settled(lambda: link.statistics().messages_sent == 3)
+        peer.frame(b"", kind=9)
+        peer.publish()
+        peer.ring()
+        errors = await asyncio.gather(*requests, return_exceptions=True)
+        assert [type(error) for error in errors] == [ProtocolError] * 3
+        await assert_broken(link, closed, GOOD if kind == "late_request" else ())
+
+
+@roles
+@ways
+async def test_polling_does_not_stop_at_an_unfinished_frame(name, role, receiving):
+    """A peer that never commits must not keep the loop from its other tasks."""
+    async with attacked(role, name, receiving) as (link, peer, received, closed):
+        link._endpoint._busy_poll = link._endpoint._poll_budget = 0.01
+        peer.send(b"before")
+        start = peer.position
+        peer.frame(b"unfinished", flags=BUSY)
+        peer.send(b"after")
+        async with asyncio.timeout(PATIENCE):
+            for _ in range(100):
+                await asyncio.sleep(0)
+            if receiving == "await":
+                assert (await link.receive()).data == b"before"
+            else:
+                await settled(lambda: received == [b"before"])
+            for _ in range(100):
+                await asyncio.sleep(0.0001)  # its subject is that timers run
+        peer.write_data(start, (10).to_bytes(8, "little"))
+        peer.ring()
+        if receiving == "await":
+            assert (await link.receive()).data == b"unfinished"
+            assert (await link.receive()).data == b"after"
+        else:
+            await settled(lambda: received == [b"before", b"unfinished", b"after"])
+        peer.set_state(1)
+        peer.ring()
+        assert await closed is None
+
+
+@roles
 async def test_loan_survives_a_breach(name, role):
     """The memory of a loan or a borrow stays until it is given back."""
     async with attacked(role, name) as (link, peer, _received, closed):

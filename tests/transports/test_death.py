@@ -223,6 +223,55 @@ async def test_waiting_receivers_are_told(victim_listens):
 
 
 @both_sides
+async def test_requests_end_while_messages_wait(victim_listens):
+    """Nobody receives, so the link is not over; the request is all the same."""
+    async with running("idle", victim_listens=victim_listens) as (_, link, victim, closed):
+        await victim.says("sent")
+        requests = [asyncio.create_task(link.request(b"")) for _ in range(3)]
+        await asyncio.sleep(0)
+        victim.kill()
+        errors = await asyncio.gather(*requests, return_exceptions=True)
+        assert [type(error) for error in errors] == [PeerClosedError] * 3
+        assert not closed.done()
+        received, _error = await everything(link)
+        assert received == numbers(IDLE)
+
+
+@both_sides
+@pytest.mark.parametrize("program", ["idle", "closes"])
+async def test_request_in_a_handler_ends(program, victim_listens):
+    """The handler that waits for it keeps the endpoint from anything else."""
+    arguments = ["link"] if program == "closes" else []
+    failed = asyncio.get_running_loop().create_future()
+    received = []
+
+    async def handle(message, link):
+        received.append(message.data)
+        if len(received) == 1:
+            try:
+                await link.request(b"is not answered")
+            except PeerClosedError as error:
+                failed.set_result(error)
+
+    async with running(program, *arguments, victim_listens=victim_listens) as (
+        endpoint,
+        link,
+        victim,
+        closed,
+    ):
+        endpoint.on_message(handle)
+        while not received:
+            await asyncio.sleep(0)
+        if program == "idle":
+            await victim.says("sent")
+            victim.kill()
+        assert type(await failed) is PeerClosedError
+        error = await closed
+        assert error is None if program == "closes" else type(error) is PeerClosedError
+        assert received == numbers(IDLE)
+
+
+@both_sides
 async def test_leaving_without_a_word_is_a_death(victim_listens):
     async with running("leaves", victim_listens=victim_listens) as (_, link, victim, closed):
         received, error = await everything(link)

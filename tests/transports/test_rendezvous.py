@@ -348,6 +348,8 @@ async def test_ring_size(scheme, name, listens, asks, agreed):
         endpoint.on_message(echo)
         await endpoint.listen(f"{scheme}://{name}", **listens)
         link = await user.connect(f"{scheme}://{name}", ring_size=asks)
+        while not endpoint.links:
+            await asyncio.sleep(0)
         assert link.ring_size == agreed
         assert link.max_message_size == agreed - 32
         assert endpoint.links[0].ring_size == agreed
@@ -531,7 +533,7 @@ async def test_no_descriptors_to_listen(url, runtime_dir):
         assert os.listdir(runtime_dir) == []
 
 
-@pytest.mark.parametrize("count", range(7))
+@pytest.mark.parametrize("count", range(5))
 async def test_listener_without_descriptors_recovers(url, count):
     opened = asyncio.get_running_loop().create_future()
     async with Endpoint("poor") as endpoint:
@@ -542,13 +544,8 @@ async def test_listener_without_descriptors_recovers(url, count):
         with Process("connects", url, json.dumps({"timeout": PATIENCE})) as process:
             before = descriptors()
             with descriptors_left(count):
-                held = descriptors()
-                async with asyncio.timeout(0.6):  # it tries and tries
-                    try:
-                        await asyncio.shield(opened)
-                    except TimeoutError:
-                        assert count < 5
-                assert opened.done() or len(descriptors()) <= len(held) + count
+                await asyncio.wait([opened], timeout=0.4)  # it tries and tries
+                assert opened.done() == (count >= 3)
             async with asyncio.timeout(PATIENCE):
                 await opened
             await process.says(f"echoed {os.geteuid()} ")

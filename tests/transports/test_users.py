@@ -31,6 +31,14 @@ def name():
     return f"users_{os.getpid()}_{next(_numbers)}"
 
 
+@pytest.fixture(autouse=True)
+def clean():
+    """What the sockets of killed processes keep from being removed."""
+    yield
+    for path in (f"/tmp/kucomms-{OTHER_USER}", f"/tmp/kucomms-{OTHER_USER}-shared"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.fixture
 def url(name):
     return f"shm://{name}"

@@ -44,7 +44,7 @@ struct kucomms_channel {
 	uint64_t messages_received;
 	uint64_t bytes_received;
 	uint64_t full_waits;
-	uint64_t publishes;		/* times the consumer might have slept */
+	uint64_t publishes;		/* frames: the peer may have slept */
 	uint64_t releases;		/* times the producer might have slept */
 	uint64_t doorbells_rung;	/* atomic: any thread */
 	uint64_t protocol_errors;	/* atomic: any thread */
@@ -103,8 +103,9 @@ static inline int kucomms_side_map(struct kucomms_side *side, int fd,
 {
 	uint64_t control = KUCOMMS_CONTROL_PAGES * kucomms_page_size();
 	int protection = PROT_READ | (writable ? PROT_WRITE : 0);
-	int half, err;
+	unsigned int half;
 	void *at;
+	int err;
 
 	side->control = NULL;
 	side->data = NULL;
@@ -288,6 +289,7 @@ static inline int kucomms_channel_reserve(struct kucomms_channel *channel,
 			kucomms_pin_add(&channel->tx.pins, pin,
 					channel->tx.position -
 					kucomms_frame_span(length));
+		channel->publishes++;
 		channel->messages_sent++;
 		channel->bytes_sent += length;
 	}
@@ -298,7 +300,6 @@ static inline int kucomms_channel_reserve(struct kucomms_channel *channel,
 /* The consumer may have to be woken for what was committed: 1, else 0. */
 static inline int kucomms_channel_publish(struct kucomms_channel *channel)
 {
-	__atomic_fetch_add(&channel->publishes, 1, __ATOMIC_RELAXED);
 	return kucomms_channel_rang(channel,
 				    kucomms_ring_wake_consumer(&channel->tx));
 }
