@@ -675,6 +675,7 @@ async def check_request(harness: Harness) -> None:
         reply = await link.request(b"b", type=REPLY, id=77)
         assert (reply.data, reply.id, reply.type) == (b"b", 77, REPLY)
         slow = asyncio.ensure_future(link.request(b"slow", type=LATE))
+        await asyncio.sleep(0)  # it is sent before what follows
         await link.send(numbered(5, 10))
         assert (await link.request(b"quick", type=REPLY)).data == b"quick"
         assert not slow.done()

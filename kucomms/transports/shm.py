@@ -480,21 +480,7 @@ class ShmListener(Listener):
                 ),
                 fd,
             )
-            passed: list[int] = []
-            try:
-                # This answer proves that the pidfd is the peer's.
-                await _receive_record(
-                    url, sock, pidfd, lib.KUCOMMS_STEP_ATTACH, passed, self._ended
-                )
-                if own:
-                    if passed:
-                        raise ProtocolError(f"{url}: the other side passed what was not asked for")
-                    channel = half.attach(fd, side)
-                else:
-                    theirs = _check_memory(url, passed, side, sealed=True)
-                    channel = half.attach(theirs, 0)
-            finally:
-                _close_all(passed)
+            channel = await self._attached(sock, pidfd, half, fd, side, own)
             peer = Peer(pid=pid, uid=uid, hello=_hello_of(wanted))
             connection = ShmConnection(url, channel, peer, sock, pidfd)
             pidfd = -1
@@ -510,6 +496,30 @@ class ShmListener(Listener):
                 half.close()
             if pidfd >= 0:
                 os.close(pidfd)
+
+    async def _attached(
+        self,
+        sock: socket.socket,
+        pidfd: int,
+        half: _core.HalfChannel,
+        fd: int,
+        side: int,
+        own: bool,
+    ) -> _core.Channel:
+        """The channel, when the peer has answered; which proves that the pidfd is its."""
+        passed: list[int] = []
+        try:
+            await _receive_record(
+                self.url, sock, pidfd, lib.KUCOMMS_STEP_ATTACH, passed, self._ended
+            )
+            if not own:
+                theirs = _check_memory(self.url, passed, side, sealed=True)
+                return half.attach(theirs, 0)
+            if passed:
+                raise ProtocolError(f"{self.url}: the other side passed what was not asked for")
+            return half.attach(fd, side)
+        finally:
+            _close_all(passed)
 
     def _refuse(self, sock: socket.socket, status: int) -> None:
         with suppress(TransportError):

@@ -7,10 +7,12 @@ each thing that a test waits for, and ends with its standard input, if not befor
 
 import asyncio
 import ctypes
+import fcntl
 import json
 import mmap
 import os
 import signal
+import socket
 import struct
 import sys
 from contextlib import asynccontextmanager
@@ -90,7 +92,7 @@ async def idle_with_child(url, listens):
 
 async def flood(url, listens, path):
     """Sends for ever. How many were sent for certain is in a mapped file."""
-    with open(path, "r+b") as file:
+    with open(path, "r+b") as file:  # noqa: ASYNC230
         count = mmap.mmap(file.fileno(), 8)
     async with linked(url, int(listens)) as link:
         value = 0
@@ -242,7 +244,7 @@ async def connects(url, options="{}"):
 
 def become_another_user():
     """For good. The interpreter's own files may be out of reach then."""
-    import concurrent.futures.thread
+    import concurrent.futures.thread  # noqa: F401
 
     import kucomms.transports.shm  # noqa: F401
 
@@ -292,9 +294,7 @@ def tampers_as_another(name, directory):
 
     def punch():
         keep_size_punch_hole = 3
-        if libc.fallocate(
-            fd, keep_size_punch_hole, ctypes.c_long(0), ctypes.c_long(mmap.PAGESIZE)
-        ):
+        if libc.fallocate(fd, keep_size_punch_hole, ctypes.c_long(0), ctypes.c_long(mmap.PAGESIZE)):
             raise OSError(ctypes.get_errno(), "fallocate")
 
     def write_through_proc():
@@ -360,15 +360,11 @@ def _address_of(mapping):
 
 def offers_as_another(name, flaw):
     """A listener of another user with memory that is not as it has to be."""
-    import fcntl
-
     become_another_user()
     directory = f"/tmp/kucomms-{OTHER_USER}-shared"
     os.makedirs(directory, exist_ok=True)
     os.chmod(directory, 0o711)
     path = os.path.join(directory, name)
-    import socket
-
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     os.chmod(path, 0o666)
@@ -404,34 +400,13 @@ def offers_as_another(name, flaw):
             sock, raw_peer.record(raw_peer.SETUP, ring_size=mmap.PAGESIZE, flags=flags), [fd]
         )
         try:
-            attach, fds = raw_peer.receive(sock)
+            _attach, fds = raw_peer.receive(sock)
             say(f"attached {len(fds)}")
         except (EOFError, ConnectionResetError):
             say("dropped")
     finally:
         os.unlink(path)
         os.rmdir(directory)
-
-
-async def exec_with_links(url):
-    """Is connected, listens, and starts a program that says what it inherited."""
-    async with Endpoint("parent") as endpoint:
-        await endpoint.listen(f"{url}_own")
-        link = await endpoint.connect(url, timeout=30)
-        other = await endpoint.connect(f"{url}_own")
-        os.set_inheritable(0, True)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            "import os; print([os.readlink(f'/proc/self/fd/{fd}') for fd in "
-            "os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}') "
-            "and int(fd) > 2])",
-            close_fds=False,
-        )
-        await process.wait()
-        await link.send(b"still here")
-        await link.receive()
-        say(f"echoed {len(endpoint.links)} {other.closed}")
 
 
 if __name__ == "__main__":

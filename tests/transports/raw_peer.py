@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import struct
+from contextlib import suppress
 
 MAGIC = 0x736D6D6F63756B
 VERSION = 1
@@ -333,10 +334,8 @@ def garbage(peer: RawPeer, random: random.Random):
                 peer.set_state(random.choice([0, 0, 0, 1, 2, 3, 2**32 - 1]))
             case 8:
                 peer.sock.setblocking(False)
-                try:
+                with suppress(OSError):
                     peer.ring(random.choice([b"\x01", b"\x01" * 3000, random.randbytes(9)]))
-                except OSError:
-                    pass
         try:
             peer.ring()
         except OSError:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: ASYNC110, PT012
 """The other process dies, closes, or stands still."""
 
 import asyncio
@@ -11,7 +12,7 @@ from time import monotonic
 
 import pytest
 
-from kucomms import Endpoint, PeerClosedError, QueueFull
+from kucomms import AddressInUseError, Endpoint, NotReadyError, PeerClosedError, QueueFull
 from tests.transports.peer_programs import IDLE, LOAN_AFTER
 from tests.transports.processes import PATIENCE, Process, descriptors, objects_in_shm
 
@@ -56,11 +57,6 @@ async def running(program, *arguments, victim_listens, url=None, **endpoint_opti
             async with asyncio.timeout(PATIENCE):
                 link = await opened
                 yield endpoint, link, victim, closed
-
-
-def assert_nothing_is_left(victim, before):
-    assert objects_in_shm(os.getpid(), victim.pid) == []
-    assert descriptors() == before
 
 
 async def everything(link):
@@ -147,26 +143,20 @@ async def test_flood_ends_with_the_last_message(tmp_path, receiving, polling, vi
 @both_sides
 async def test_nothing_is_left_behind(victim_listens):
     url = new_url()
-    async with Endpoint("other") as other:
-        # the loop's own descriptors are there from now on
-        await other.listen(f"{url}_other")
-        await asyncio.to_thread(lambda: None)
-        before = None
-        options = {"victim_listens": victim_listens, "url": url}
-        async with running("idle_with_child", **options) as (endpoint, link, victim, closed):
-            await victim.says("sent")
-            during = descriptors()
-            victim.kill()
-            received, _error = await everything(link)
-            await closed
-            assert len(received) == IDLE
-            assert objects_in_shm(os.getpid(), victim.pid) == []
-            after = descriptors()
-            gone = [during[fd] for fd in during if fd not in after]
-            assert sorted(what.split(":")[0] for what in gone) == ["anon_inode", "socket"]
-            assert set(after) < set(during)
-            before = endpoint
-        assert before.links == ()
+    options = {"victim_listens": victim_listens, "url": url}
+    async with running("idle_with_child", **options) as (endpoint, link, victim, closed):
+        await victim.says("sent")
+        before = descriptors()
+        victim.kill()
+        received, _error = await everything(link)
+        await closed
+        assert len(received) == IDLE
+        assert objects_in_shm(os.getpid(), victim.pid) == []
+        assert endpoint.links == ()
+        after = descriptors()
+        assert set(after) < set(before)
+        gone = [before[fd].split(":")[0] for fd in set(before) - set(after)]
+        assert sorted(gone) == ["anon_inode", "socket"]  # the pidfd and the link's socket
 
 
 @both_sides
@@ -359,7 +349,7 @@ async def test_connector_killed_in_mid_rendezvous():
             while descriptors() != before:
                 await asyncio.sleep(0)
         assert len(opened) == 1
-        assert_nothing_is_left(victim, before)
+        assert objects_in_shm(os.getpid(), victim.pid) == []
 
 
 @pytest.mark.parametrize("with_child", [False, True])
@@ -375,7 +365,6 @@ async def test_listener_killed_in_mid_rendezvous(with_child):
             connecting = asyncio.create_task(user.connect(url))
             await victim.says("halfway")
             victim.kill()
-            listener = None
             async with asyncio.timeout(PATIENCE):
                 assert await_zombie(victim.pid)
                 listener = await endpoint.listen(url)
@@ -386,7 +375,8 @@ async def test_listener_killed_in_mid_rendezvous(with_child):
             await listener.aclose()
             while endpoint.links:
                 await asyncio.sleep(0)
-            assert_nothing_is_left(victim, before)
+            assert descriptors() == before
+            assert objects_in_shm(os.getpid(), victim.pid) == []
 
 
 # ---- closing in order -----------------------------------------------------------
@@ -466,8 +456,6 @@ async def test_listener_that_is_stopped_keeps_its_name():
         await other.says("ready")
         other.stop()
         async with Endpoint("late") as endpoint:
-            from kucomms import AddressInUseError, NotReadyError
-
             with pytest.raises(AddressInUseError):
                 await endpoint.listen(url)
             with pytest.raises(NotReadyError):

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: ASYNC220, ASYNC222, PLW0108, PT012, PT017
 """Forking and executing with live links: it works, or it is a clear error."""
 
 import asyncio

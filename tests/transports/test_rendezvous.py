@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: ASYNC110, ASYNC240, PT012, PT017
 """Names, who gets them, and what is agreed on when two processes meet."""
 
 import asyncio

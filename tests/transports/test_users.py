@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: ASYNC230, ASYNC240
 """Processes of other users: kept out, or let in over memory that protects both."""
 
 import asyncio
