@@ -53,6 +53,7 @@ HANDSHAKES = 256
 
 _RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a listener
 _RECORD_SIZE = len(_core.record_bytes(_core.new_record()))
+_VANISHED = (errno.ECONNRESET, errno.EPIPE, errno.ESRCH)
 _BELL = bytes([lib.KUCOMMS_DOORBELL])
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
 # 0x10: F_SEAL_FUTURE_WRITE, linux/fcntl.h, not in Python 3.11's fcntl
@@ -580,11 +581,13 @@ async def _attach(
                 "that is meant",
             )
         pidfd = peer_pidfd(sock, url)
-        _send_record(
-            url,
-            sock,
-            _record(lib.KUCOMMS_STEP_HELLO, hello=options.hello, ring_size=options.ring_size),
-        )
+        hello = _record(lib.KUCOMMS_STEP_HELLO, hello=options.hello, ring_size=options.ring_size)
+        try:
+            _send_record(url, sock, hello)
+        except TransportError as error:
+            # One who is not allowed is refused at sight: the answer may be there already.
+            if error.errno not in _VANISHED:
+                raise
         # This answer proves that the pidfd is the peer's.
         setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds)
         _check_status(url, setup.status)
@@ -678,7 +681,7 @@ class ShmTransport:
             except TransportError as error:
                 sock.close()
                 # The listener went between accepting and greeting: as if it had not been.
-                if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ESRCH):
+                if error.errno not in _VANISHED:
                     raise
                 if once:
                     raise _nobody(address) from error

@@ -71,8 +71,9 @@ class InprocThreads(Harness):
             try:
                 with asyncio.Runner(loop_factory=factory) as runner:
                     runner.run(main())
-            except BaseException as error:
-                here.call_soon_threadsafe(lambda: ready.done() or ready.set_exception(error))
+            except BaseException as raised:
+                if not ready.done():
+                    here.call_soon_threadsafe(ready.set_exception, raised)
                 raise
 
         thread = threading.Thread(target=run)

@@ -3,6 +3,7 @@
 """Peers that break the rules: in the rendezvous, in the ring, on the socket."""
 
 import asyncio
+import errno
 import itertools
 import os
 import random
@@ -469,6 +470,30 @@ async def test_silent_listener(name, says):
             assert 0.25 < loop.time() - begin < 3
             (await accepting).close()
             await settled(lambda: descriptors() == before)
+
+
+async def test_refusal_before_the_greeting(name):
+    """It is heard, though the listener has closed before it was greeted."""
+
+    def refuse():
+        sock, _address = fake.sock.accept()
+        raw_peer.send(sock, record(SETUP, status=REFUSED_USER))
+        sock.close()
+
+    async with Endpoint("connector") as endpoint:
+        with RawListener(name) as fake:
+            connect_socket = shm.connect_socket
+
+            def connect_slowly(*arguments):
+                sock = connect_socket(*arguments)
+                refuse()
+                return sock
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(shm, "connect_socket", connect_slowly)
+                with pytest.raises(TransportError) as caught:
+                    await endpoint.connect(f"shm://{name}", timeout=0)
+            assert caught.value.errno == errno.EACCES
 
 
 async def test_listener_that_drops_everybody(name):

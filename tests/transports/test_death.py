@@ -245,7 +245,7 @@ async def test_request_in_a_handler_ends(program, victim_listens):
 
     async with running(program, *arguments, victim_listens=victim_listens) as (
         endpoint,
-        link,
+        _link,
         victim,
         closed,
     ):
