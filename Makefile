@@ -6,11 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test lint clean
+RUNS ?= 20
+
+.PHONY: help setup demo test matrix lint clean
 
 help:
 	@echo "make demo   the longtest between two processes over shared memory, live"
 	@echo "make test   everything that is checked"
+	@echo "make matrix the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make lint   ruff and mypy"
 	@echo "make setup  only the virtual environment, with kucomms built in place"
 	@echo "make clean  remove what was built"
@@ -36,6 +39,12 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+matrix: setup
+	for run in $$(seq $(RUNS)); do \
+		echo "run $$run of $(RUNS)"; \
+		$(BIN)/python -m pytest -q tests/transports/test_conformance.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kucomms/_core/*.so kucomms/_core/_setup.c

@@ -833,8 +833,6 @@ class Link:
                 looked_again = False
                 continue
             if not self._channel.park_receive():
-                if self._peer_gone:
-                    self._fail_requests()
                 return
             if looked_again:  # there is something, and it does not fit
                 self._backlog_full = True
