@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which doorbell: a byte on a Unix socket, or an eventfd?
+"""Which doorbell, a byte on a Unix socket or an eventfd.
 
 Measures, in C-speed Python calls: ringing a bell that nobody waits for, hearing it, and
 the round trip between two processes that sleep in epoll on one or the other. Repeats,
@@ -24,7 +24,7 @@ class Socket:
 
     name = "socket byte"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ends = socket.socketpair()
         for end in self.ends:
             end.setblocking(False)
@@ -44,7 +44,7 @@ class EventFd:
 
     name = "eventfd"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
 
     def bells(self, side):
@@ -86,7 +86,7 @@ def round_trip(bell):
     return taken
 
 
-def main():
+def main() -> None:
     """Print the medians."""
     results = {}
     for _ in range(ROUNDS):

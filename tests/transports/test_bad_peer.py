@@ -8,7 +8,7 @@ import itertools
 import os
 import random
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
@@ -956,7 +956,8 @@ async def test_doorbell_flood(name, role, receiving):
         assert link.statistics().protocol_errors == 0
         peer.set_state(1)
         peer.sock.setblocking(True)
-        peer.ring()
+        with suppress(BrokenPipeError):  # a bell of the flood was enough
+            await asyncio.to_thread(peer.ring)
         assert await closed is None
 
 

@@ -11,8 +11,6 @@ import kucomms
 from kucomms import ClosedError, Endpoint, UsageError
 
 
-
-
 async def _until(condition, patience=30.0):
     """Give way to the loop until something is so."""
     end = time.monotonic() + patience
