@@ -30,6 +30,7 @@ from kucomms._core._ring import (
     Channel,
     Reservation,
     configure,
+    drain_socket,
     ring_socket,
 )
 from kucomms.exceptions import ProtocolError, TransportError, VersionError
@@ -55,6 +56,7 @@ __all__ = [
     "HalfChannel",
     "Reservation",
     "configure",
+    "drain_socket",
     "lib",
     "max_message_size",
     "new_record",

@@ -1152,7 +1152,39 @@ static PyObject *ring_socket(PyObject *module, PyObject *fd)
 	return PyLong_FromLong(0);
 }
 
+PyDoc_STRVAR(drain_socket_doc,
+"drain_socket(fd) -> status\n\n"
+"Take the doorbells off a socket, never blocking. OK: it is empty. FULL: there is\n"
+"more than can be read in one go. CLOSED: it has ended. PROTOCOL: there was\n"
+"something else than doorbells.");
+
+static PyObject *drain_socket(PyObject *module, PyObject *fd)
+{
+	long number = PyLong_AsLong(fd);
+	char bells[4096];
+	ssize_t size, at;
+	int round;
+
+	(void)module;
+	if (number == -1 && PyErr_Occurred())
+		return NULL;
+	for (round = 0; round < 64; round++) {
+		size = recv((int)number, bells, sizeof(bells), MSG_DONTWAIT);
+		if (size < 0 && errno == EINTR)
+			continue;
+		if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+			return from_status(OK);
+		if (size <= 0)
+			return from_status(CLOSED);
+		for (at = 0; at < size; at++)
+			if (bells[at] != 1)
+				return from_status(PROTOCOL);
+	}
+	return from_status(FULL);
+}
+
 static PyMethodDef module_methods[] = {
+	METHOD("drain_socket", drain_socket, METH_O, drain_socket_doc),
 	METHOD("configure", configure, METH_O, configure_doc),
 	METHOD("ring_socket", ring_socket, METH_O, ring_socket_doc),
 	{ NULL, NULL, 0, NULL },

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import click
+import structlog
 
 from kucomms import KucommsError, __version__
 from kucomms.cli import doctor, echo, listen, longtest, send
@@ -44,6 +45,8 @@ for module in (doctor, echo, listen, longtest, send):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
+        # Standard output is for what was asked for; the log of the library is not.
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
         code = group.main(arguments, prog_name="kucomms", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:

@@ -22,8 +22,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import structlog
+
 from kucomms import _core
-from kucomms._core import lib, ring_socket
+from kucomms._core import CLOSED, FULL, PROTOCOL, drain_socket, lib, ring_socket
 from kucomms.exceptions import (
     BusyError,
     KucommsError,
@@ -46,6 +48,8 @@ from kucomms.transports.runtime_directory import BoundSocket, bind, connect_sock
 
 __all__ = ["transport"]
 
+_log = structlog.get_logger("kucomms")
+
 HANDSHAKE_TIMEOUT = 5.0
 """Seconds that a peer may take for its part of the rendezvous."""
 HANDSHAKES = 256
@@ -54,7 +58,6 @@ HANDSHAKES = 256
 _RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a listener
 _RECORD_SIZE = len(_core.record_bytes(_core.new_record()))
 _VANISHED = (errno.ECONNRESET, errno.EPIPE, errno.ESRCH)
-_BELL = bytes([lib.KUCOMMS_DOORBELL])
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
 # 0x10: F_SEAL_FUTURE_WRITE, linux/fcntl.h, not in Python 3.11's fcntl
 _SHM_PREFIX = "kucomms-"
@@ -92,16 +95,17 @@ class ShmConnection(Connection):
             ring_socket(sock.fileno())  # that it is broken, its reader will see
 
     def _readable(self) -> None:
-        assert self._sock is not None
-        try:
-            data = self._sock.recv(4096)
-        except BlockingIOError:
+        """Read to the end of what is there.
+
+        A peer that closes without having read our doorbells makes the socket report an
+        error, and after that uvloop calls this once and never again.
+        """
+        if self._sock is None:
             return
-        except OSError:
-            data = b""
-        if not data:
+        status = drain_socket(self._sock.fileno())
+        if status == CLOSED:
             self._gone(None)
-        elif data.count(_BELL) != len(data):
+        elif status == PROTOCOL:
             self._gone(
                 ProtocolError(
                     f"{self.url}: the other side wrote nonsense into the link's socket; the link "
@@ -109,6 +113,9 @@ class ShmConnection(Connection):
                 )
             )
         else:
+            if status == FULL:
+                assert self._loop is not None
+                self._loop.call_soon(self._readable)
             self._woken()
 
     def _died(self) -> None:
@@ -421,8 +428,11 @@ class ShmListener(Listener):
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 connection = await self._rendezvous(sock)
-        except (KucommsError, TimeoutError):
+        except (KucommsError, TimeoutError) as error:
             sock.close()
+            # One who only looked whether somebody is there, or died, was not refused.
+            if not isinstance(error, TransportError) or error.errno not in _VANISHED:
+                _log.warning("peer_refused", url=self.url, error=str(error) or "it said nothing")
         except BaseException:
             sock.close()
             raise

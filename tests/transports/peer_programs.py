@@ -17,6 +17,8 @@ import struct
 import sys
 from contextlib import asynccontextmanager
 
+import structlog
+
 import kucomms
 from kucomms import Endpoint, KucommsError, PeerClosedError
 from tests.transports import raw_peer
@@ -410,6 +412,7 @@ def offers_as_another(name, flaw):
 
 
 if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     program = globals()[sys.argv[1]]
     try:
         result = program(*sys.argv[2:])

@@ -194,6 +194,10 @@ class RawPeer:
 
     # ---- a consumer ----------------------------------------------------------
 
+    def park_for_data(self, epoch):
+        """Ask for the doorbell."""
+        self.write64(self.offset(2) + 128, epoch)
+
     @property
     def available(self):
         """How far the other side has written."""
@@ -323,7 +327,7 @@ def garbage(peer: RawPeer, random: random.Random):
                 peer.consume(nearly() % 2**64)
             case 4:
                 peer.park_for_space(nearly())
-                peer.write64(peer.offset(2) + 128, nearly())
+                peer.park_for_data(nearly())
             case 5:
                 page = random.randrange(3)
                 peer.write(peer.offset(page), random.randbytes(PAGE))

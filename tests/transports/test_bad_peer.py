@@ -575,7 +575,8 @@ async def attacked(role, name, receiving="await"):
                 yield link, peer, received, closed
                 await closed
         finally:
-            peer.close()
+            if peer.sock.fileno() >= 0:
+                peer.close()
         await bystander.check()
         assert descriptors() == before
         assert endpoint.links == (to_other,)
@@ -900,6 +901,37 @@ async def test_garbage_on_the_socket(name, role, receiving, garbage):
             await assert_broken(link, closed, GOOD)
         else:
             assert_closed_by_breach(link, await closed)
+            assert received == GOOD
+
+
+@roles
+@ways
+@pytest.mark.parametrize("state", [0, 1])
+@pytest.mark.parametrize("bells", [0, 1, 5000, 400_000])
+async def test_socket_is_closed_with_unread_doorbells(name, role, receiving, state, bells):
+    """The system calls that an error of the socket, not only its end."""
+    async with attacked(role, name, receiving) as (link, peer, received, closed):
+        peer.park_for_data(1)
+        link.send_nowait(b"rings")
+        assert link.statistics().doorbells_rung == 1
+        for data in GOOD:
+            peer.frame(data)
+        peer.publish()
+        peer.set_state(state)
+        peer.sock.setblocking(False)
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, bells)
+        with suppress(BlockingIOError):
+            peer.ring(b"\x01" * bells)
+        peer.close()
+        if receiving == "await":
+            for data in GOOD:
+                assert (await link.receive()).data == data
+            with pytest.raises(PeerClosedError):
+                await link.receive()
+        error = await closed
+        assert error is None if state else type(error) is PeerClosedError
+        assert link.closed
+        if receiving != "await":
             assert received == GOOD
 
 

@@ -12,6 +12,7 @@ import subprocess
 from contextlib import contextmanager
 
 import pytest
+import structlog.testing
 
 import kucomms
 from kucomms import (
@@ -183,6 +184,18 @@ async def test_second_listener_in_this_process(scheme, name):
         await check(await second.connect(f"{scheme}://{name}", timeout=0))
         await listener.aclose()
         await second.listen(f"{scheme}://{name}")
+
+
+async def test_looking_for_a_listener_is_not_reported(url):
+    """Who wants a name that is taken looks whether its holder is alive."""
+    with structlog.testing.capture_logs() as logs:
+        async with Endpoint("first") as first, Endpoint("second") as second:
+            listener = await first.listen(url)
+            with pytest.raises(AddressInUseError):
+                await second.listen(url)
+            await second.connect(url)  # comes after it
+            await listener.aclose()
+    assert logs == []
 
 
 async def test_second_listener_in_another_process(url):

@@ -40,7 +40,7 @@ async def test_a_million_each_way():
 
 @pytest.mark.asyncio(loop_factories=["uvloop"])  # it takes a minute
 async def test_a_million_each_way_from_the_loop_and_two_threads():
-    await both_ways(333_334, 2)
+    await both_ways(333_400, 2)
 
 
 async def both_ways(count, threads):
