@@ -350,3 +350,19 @@ async def test_one_name_for_both_languages(plain):
                 _output, errors = await second.communicate()
             assert second.returncode == 1
             assert errors.endswith(b": Address already in use\n")
+
+
+def test_a_file_at_the_name_is_not_removed(plain, runtime_dir):
+    """A file refuses a connection as a dead socket does; it must stay what it is."""
+    directory = Path(runtime_dir) / "kucomms"
+    directory.mkdir(mode=0o700)
+    path = directory / URL.removeprefix("shm://")
+    path.write_text("precious")
+    done = subprocess.run(
+        [plain.server, URL], check=False, timeout=DEADLINE, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "not permitted" in done.stderr
+    assert path.read_text() == "precious"
+    path.unlink()
+    directory.rmdir()

@@ -832,7 +832,7 @@ static void test_hostile_setup(void)
 	static const struct { uint32_t status; int err; } refusals[] = {
 		{ KUCOMMS_REFUSED_BUSY, -EBUSY },
 		{ KUCOMMS_REFUSED_VERSION, -EPROTONOSUPPORT },
-		{ KUCOMMS_REFUSED_MEMORY, -ENOMEM },
+		{ KUCOMMS_REFUSED_MEMORY, -ENOSPC },
 		{ KUCOMMS_REFUSED_USER, -EPERM },
 		{ 99, -EPROTO },
 	};

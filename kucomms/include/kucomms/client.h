@@ -595,7 +595,7 @@ static inline int kucomms_connect_handshake(struct kucomms_client *client,
 	case KUCOMMS_REFUSED_VERSION:
 		return -EPROTONOSUPPORT;
 	case KUCOMMS_REFUSED_MEMORY:
-		return -ENOMEM;
+		return -ENOSPC;
 	case KUCOMMS_REFUSED_USER:
 		return -EPERM;
 	default:
@@ -657,7 +657,7 @@ static inline int kucomms_connect_once(struct kucomms_client *client,
  *
  * Return: 0, -EAGAIN or -ETIMEDOUT when nobody listens, -ETIMEDOUT also when
  * somebody does and does not answer, -EBUSY, -EPERM, -EINVAL, -EINTR, -EPROTO,
- * -EPROTONOSUPPORT, -ENOMEM when the listener has no memory, other -errno.
+ * -EPROTONOSUPPORT, -ENOSPC when the listener has no memory, other -errno.
  */
 static inline int kucomms_connect(struct kucomms_client *client,
 				  const char *url, uint64_t ring_size,
@@ -702,8 +702,14 @@ static inline int kucomms_connect(struct kucomms_client *client,
 static inline int kucomms_name_take(int directory, const char *name)
 {
 	struct pollfd process;
+	struct stat status;
 	int err, fd;
 
+	/* What refuses a connection need not be a socket: it may be a file. */
+	if (fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW))
+		return errno == ENOENT ? 0 : -errno;
+	if (!S_ISSOCK(status.st_mode) || status.st_uid != geteuid())
+		return -EPERM;
 	fd = kucomms_socket_new();
 	if (fd < 0)
 		return fd;
