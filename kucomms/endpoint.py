@@ -19,6 +19,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -67,6 +68,8 @@ _GLANCE = 8
 """Messages between two looks at the clock."""
 _HOLD = 0.001
 """Seconds after which the runner gives way to the loop."""
+_running_for: ContextVar[Endpoint | None] = ContextVar("kucomms_running_for", default=None)
+"""The endpoint in whose handler this is; tasks that a handler makes inherit it."""
 _POLL_SLICE = 50e-6
 """Seconds of polling between two turns of the loop."""
 
@@ -133,9 +136,15 @@ class Endpoint:
         self._held_since = 0.0
         # what the handler that is running waits for, to be told that it waits in vain
         self._serving: Link | None = None
-        self._handler_waits: Callable[[BaseException], None] | None = None
+        self._handler_waits: set[Callable[[BaseException], None]] = set()
         self._backlog_used = 0
         self._backlog_is_full = False
+        # links whose messages wait in the ring because the backlog is full
+        self._starved: dict[Link, None] = {}
+        # links whose open handler has not run yet
+        self._unopened: dict[Link, None] = {}
+        # when the callback was scheduled that says that the loop has had a turn, or 0
+        self._turn_asked = 0.0
         self._poll_budget = busy_poll
 
         self._message_calls = 0
@@ -177,7 +186,9 @@ class Endpoint:
 
         With ``borrow=True``, ``message.data`` is a read-only memoryview into the ring,
         valid until the handler returns; a slice that lives longer is reported as a
-        ``BufferError`` of the handler.
+        ``BufferError`` of the handler. Do not wait for a reply of the same peer in it:
+        the message's bytes stay taken, and if the peer fills the rest of the ring, its
+        reply finds no room.
         """
         if handler is None:
 
@@ -222,16 +233,18 @@ class Endpoint:
     def _register(self, kind: str, handler: F) -> F:
         if not callable(handler):
             raise TypeError(f"{kind}: a handler must be callable, not {handler!r}")
+        if self._runner is not None:
+            self._check_thread()
         self._handlers[kind] = handler
         if kind == "on_message":
             self._has_message_handler = True
         if self._runner is not None:
-            self._check_thread()
             if kind in self._rates:
                 self._scheduler.start(kind, self._rates[kind])
                 self._wake()
             if kind == "on_message":
                 for link in self._links:
+                    link._refuse_receivers()
                     self._make_ready(link)
         return handler
 
@@ -270,7 +283,7 @@ class Endpoint:
             self._stopping = True
             return
         self._check_thread()
-        self._stopping = True
+        first, self._stopping = not self._stopping, True
         for listener in list(self._listeners):
             await listener.aclose()
         self._listeners.clear()
@@ -278,7 +291,7 @@ class Endpoint:
             link._close_here()
         if asyncio.current_task() is self._runner:
             return
-        if self._in_handler:
+        if first and self._in_handler:
             self._runner.cancel()
         self._wake()
         await asyncio.wait([self._runner])
@@ -309,9 +322,10 @@ class Endpoint:
 
         ``ring_size``: bytes per direction, rounded up to a power of two of at least a
         page; the largest message is 32 bytes less. A peer may ask for another size, up
-        to ``max_ring_size``. ``max_links``: how many links this endpoint has at most,
-        others get ``BusyError``. ``allow``: ids of users who may connect besides our
-        own. ``hello``: up to 64 bytes that each peer finds in ``link.peer.hello``.
+        to ``max_ring_size``. ``max_links``: as soon as this endpoint has so many links, of
+        whatever origin, others get ``BusyError``. ``allow``: ids of users who may connect
+        besides our own. ``hello``: up to 64 bytes that each peer finds in
+        ``link.peer.hello``.
 
         Raises AddressError, AddressInUseError, TransportError.
         """
@@ -327,6 +341,7 @@ class Endpoint:
         listener = await transports.find(address).listen(
             address, options, self._accept, lambda: len(self._links)
         )
+        self._listeners = [other for other in self._listeners if not other.closed]
         self._listeners.append(listener)
         return listener
 
@@ -426,13 +441,17 @@ class Endpoint:
         self._links[link] = None
         self._links_opened += 1
         link._start()
+        self._unopened[link] = None
         self._events.append(("on_link_open", link, None))
         self._wake()
+        if self._in_handler and self._has_message_handler:
+            link._pump()  # nobody else asks for its doorbell before the handler has ended
         return link
 
     def _link_over(self, link: Link, error: KucommsError | None) -> None:
         """The link is closed; its close handler comes after what it had to say."""
         self._links.pop(link, None)
+        self._starved.pop(link, None)
         self._links_closed += 1
         self._events.append(("on_link_close", link, error))
         if self._ends_with_its_link:
@@ -443,6 +462,7 @@ class Endpoint:
 
     async def _run(self) -> None:
         """Call every handler, one at a time, until the endpoint stops."""
+        _running_for.set(self)
         self._held_since = monotonic()
         try:
             while not self._stopping or self._events:
@@ -618,6 +638,8 @@ class Endpoint:
     async def _handle_event(self, kind: str, link: Link, error: KucommsError | None) -> None:
         if kind == "on_link_open":
             await self._call(kind, link)
+            link._opened = True
+            self._unopened.pop(link, None)
             if self._has_message_handler and not link._over:
                 self._make_ready(link)
         else:
@@ -653,6 +675,12 @@ class Endpoint:
                 if inspect.isawaitable(result):
                     await result
                 return
+            except asyncio.CancelledError:
+                assert self._runner is not None
+                if self._stopping:
+                    self._runner.uncancel()
+                elif self._runner.cancelling():
+                    raise
             except Exception as second:
                 _log.error(
                     "handler_failed", endpoint=self.name, handler="on_error", exc_info=second
@@ -700,7 +728,7 @@ class Endpoint:
 
     def _make_ready(self, link: Link) -> None:
         """Have the runner look at this link."""
-        if not link._queued:
+        if link._opened and not link._queued:
             link._queued = True
             self._ready.append(link)
             self._wake()
@@ -737,9 +765,10 @@ class Endpoint:
                 continue
             if hit and link._channel.rx_avail:
                 link._polls_hit += 1
-                self._make_ready(link)
             else:
                 link._polls_missed += 1
+            if hit:  # each, also those where what was found is nonsense
+                self._make_ready(link)
         return hit or self._stopping
 
     def _arm_watch(self) -> None:
@@ -756,23 +785,25 @@ class Endpoint:
     def _keep_draining(self, waits_for: Link | None = None) -> None:
         """A handler waits: take what has arrived into the backlog, and ask for doorbells.
 
-        The links that are neither ready, nor being served, nor the one that the handler
-        waits for, have been parked before and will ring.
+        The links that are neither ready, nor being served, nor new, nor the one that the
+        handler waits for, have been parked before and will ring.
         """
         self._backlog_is_full = False
         if not self._has_message_handler:
             return
-        for link in {self._serving, waits_for, *self._ready}:
+        for link in {self._serving, waits_for, *self._ready, *self._unopened}:
             if link is not None and not link._over:
-                if not link._queued:
+                if link._opened and not link._queued:
                     link._queued = True
                     self._ready.append(link)
                 link._pump()
 
-    def _backlog_filled(self) -> None:
+    def _backlog_filled(self, link: Link) -> None:
+        """The backlog has no room for what this link's ring holds."""
+        self._starved[link] = None
         self._backlog_is_full = True
-        fail, self._handler_waits = self._handler_waits, None
-        if fail is not None:
+        waiting, self._handler_waits = self._handler_waits, set()
+        for fail in waiting:
             fail(
                 QueueFull(
                     f"endpoint {self.name!r}: a handler waits to send or for a reply, and the "
@@ -781,15 +812,32 @@ class Endpoint:
                 )
             )
 
-    def _backlog_eased(self, link: Link) -> None:
+    def _backlog_eased(self) -> None:
         """Something was taken out of a backlog that was full."""
         self._backlog_is_full = False
-        link._backlog_full = False
-        if not self._has_message_handler and link._requests and not link._over:
-            self._loop.call_soon(link._pump)
+        starved, self._starved = self._starved, {}
+        for link in starved:
+            self._loop.call_soon(link._rearm)
 
-    def _is_current_handler(self) -> bool:
-        return self._in_handler and asyncio.current_task() is self._runner
+    def _is_handler(self) -> bool:
+        """Whether the caller is the handler that is running, or a task that one made."""
+        return self._in_handler and _running_for.get() is self
+
+    async def _breathe(self) -> None:
+        """Let the loop have a turn when it has had none for a while.
+
+        For what never waits because there always is something: a task that receives
+        from a peer that floods, or sends to one that keeps up.
+        """
+        now = monotonic()
+        if not self._turn_asked:
+            self._turn_asked = now
+            self._loop.call_soon(self._had_turn)
+        elif now - self._turn_asked > _HOLD:
+            await asyncio.sleep(0)
+
+    def _had_turn(self) -> None:
+        self._turn_asked = 0.0
 
     # ---- errors -------------------------------------------------------------
 

@@ -54,8 +54,8 @@ __all__ = ["Link"]
 T = TypeVar("T")
 
 _UNLIMITED = 1 << 62
-_FILL = 32
-"""Messages taken from the ring at once for tasks that await them."""
+_FILL, _FILL_BYTES = 32, 1 << 16
+"""Messages and bytes that are taken from the ring at once for tasks that await them."""
 
 
 class Link:
@@ -85,12 +85,13 @@ class Link:
         self._ring_size = connection.channel.ring_size
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
+        self._opened = False
+        self._sends = 0
         self._send_queue: deque[TaskTicket | ThreadTicket] = deque()
         self._receive_queue: deque[TaskTicket] = deque()
         # taken out of the ring, not yet handed out; older than all in the ring
         self._inbox: deque[Message] = deque()
         self._inbox_bytes = 0
-        self._backlog_full = False
         self._requests: dict[int, asyncio.Future[Message]] = {}
         self._next_id = 0
         # for the endpoint: whether it is in its list of links to look at
@@ -199,6 +200,9 @@ class Link:
         handler it raises ``QueueFull`` when the endpoint's backlog is full as well:
         else two endpoints that wait for each other would wait for ever.
         """
+        self._sends += 1
+        if not self._sends & 63:
+            await self._endpoint._breathe()
         if not self._send_queue:
             try:
                 status = self._channel_send(data, type, id, user_value, 0)
@@ -220,6 +224,7 @@ class Link:
     ) -> None:
         """Send a message now. Raises ``QueueFull``, also while others wait in ``send``."""
         if self._send_queue:
+            self._check_thread()
             raise self._send_error(FULL, data)
         try:
             status = self._channel_send(data, type, id, user_value, 0)
@@ -294,6 +299,7 @@ class Link:
         When it raises or is cancelled, a prefix of them was sent.
         """
         batch = messages if isinstance(messages, list | tuple) else list(messages)
+        await self._endpoint._breathe()
         sent = 0
         if not self._send_queue:
             sent = self._send_some(batch, 0)
@@ -316,6 +322,7 @@ class Link:
     def send_many_nowait(self, messages: Iterable[Any]) -> int:
         """Send as many as there is room for now; returns how many, 0 when full."""
         if self._send_queue:
+            self._check_thread()
             return 0
         batch = messages if isinstance(messages, list | tuple) else list(messages)
         return self._send_some(batch, 0)
@@ -358,6 +365,7 @@ class Link:
         self, size: int, type: int | None, id: int | None, user_value: int | None
     ) -> _core.Reservation:
         if self._send_queue:
+            self._check_thread()
             raise self._send_error(FULL, None)
         try:
             reservation = self._channel.reserve(size, type, id, user_value)
@@ -400,7 +408,7 @@ class Link:
     async def _wait_in_send_queue(self, ticket: TaskTicket) -> None:
         self._check_thread()
         endpoint = self._endpoint
-        if not endpoint._is_current_handler():
+        if not endpoint._is_handler():
             await ticket.wait()
             return
         # A handler waits: nobody else takes messages out of the rings meanwhile.
@@ -409,14 +417,18 @@ class Link:
             return
         if endpoint._backlog_is_full:
             raise self._backlog_error()
-        endpoint._handler_waits = ticket.fail
+        endpoint._handler_waits.add(ticket.fail)
         try:
             await ticket.wait()
         finally:
-            endpoint._handler_waits = None
+            endpoint._handler_waits.discard(ticket.fail)
 
     def _leave_send_queue(self, ticket: TaskTicket | ThreadTicket) -> None:
         self._send_queue.remove(ticket)
+        self._wake_first_sender()
+
+    def _wake_first_sender(self) -> None:
+        """Have the head of the queue try again; from any thread."""
         try:
             head = self._send_queue[0]
         except IndexError:
@@ -436,6 +448,8 @@ class Link:
         it committed first, then ``PeerClosedError``.
         """
         self._check_receive()
+        if not self._inbox:
+            await self._endpoint._breathe()
         if not self._receive_queue:
             message = self._take()
             if message is not None:
@@ -478,8 +492,7 @@ class Link:
         """The next message if there is one. Raises when none can come any more."""
         if not self._inbox and not self._peer_gone:
             self._fill()
-            if self._requests:
-                self._pump()  # whoever waits for a reply wants the doorbell armed
+            self._rearm()
         if self._inbox:
             return self._take_from_inbox()
         self._raise_if_ended()
@@ -490,15 +503,17 @@ class Link:
         span = len(message.data) + HEADER_SIZE
         self._inbox_bytes -= span
         self._endpoint._backlog_used -= span
-        if self._backlog_full:
-            self._endpoint._backlog_eased(self)
+        if self._endpoint._starved:
+            self._endpoint._backlog_eased()
         return message
 
     def _fill(self) -> bool:
         """Move some messages from the ring into the inbox; whether there were any."""
         messages: list[Message] = []
         replies: list[Message] = []
-        status = self._channel.receive(_FILL, _UNLIMITED, messages, replies)
+        status = self._channel.receive(1, _UNLIMITED, messages, replies)
+        if status == OK and messages:
+            status = self._channel.receive(_FILL, _FILL_BYTES, messages, replies)
         if messages:
             self._add_to_inbox(messages)
         if replies:
@@ -518,8 +533,7 @@ class Link:
                 self._raise_if_ended()
                 return None
             if not borrow.flags & FLAG_REPLY:
-                if self._requests and not self._endpoint._has_message_handler:
-                    self._pump()  # as in _take
+                self._rearm()
                 return borrow
             data = memoryview(borrow)
             reply = Message(bytes(data), borrow.type, borrow.id, borrow.user_value)
@@ -544,6 +558,8 @@ class Link:
             self._receive_queue.remove(ticket)
             if self._receive_queue:
                 self._receive_queue[0].wake()
+            else:
+                self._rearm()
 
     def _check_receive(self) -> None:
         if threading.get_ident() != self._thread:
@@ -551,10 +567,18 @@ class Link:
         if self._channel.forked:
             raise self._send_error(FORKED, None)
         if self._endpoint._has_message_handler:
-            raise UsageError(
-                f"{self._url}: the endpoint has a message handler, which gets the messages of "
-                "all its links; remove the handler, or receive on a kucomms.connect() link"
-            )
+            raise self._handler_error()
+
+    def _refuse_receivers(self) -> None:
+        """From now on a message handler gets the messages."""
+        for ticket in self._receive_queue:
+            ticket.fail(self._handler_error())
+
+    def _handler_error(self) -> UsageError:
+        return UsageError(
+            f"{self._url}: the endpoint has a message handler, which gets the messages of "
+            "all its links; remove the handler, or receive on a kucomms.connect() link"
+        )
 
     def _raise_if_ended(self) -> None:
         if self._peer_gone and not self._inbox:
@@ -619,7 +643,8 @@ class Link:
         """Answer a message that the peer has sent with ``request``.
 
         ``message`` says which one: the reply has its id, and its type unless another
-        is given. Otherwise as ``send``.
+        is given. A reply to what was no request is dropped there, and counted as late.
+        Otherwise as ``send``.
         """
         if type is None:
             type = message.type
@@ -642,7 +667,7 @@ class Link:
 
     async def _wait_for_reply(self, future: asyncio.Future[Message]) -> Message:
         endpoint = self._endpoint
-        if endpoint._is_current_handler():
+        if endpoint._is_handler():
             endpoint._keep_draining(self)
             if endpoint._backlog_is_full and not future.done():
                 raise self._backlog_error()
@@ -651,13 +676,12 @@ class Link:
                 if not future.done():
                     future.set_exception(error)
 
-            endpoint._handler_waits = fail
+            endpoint._handler_waits.add(fail)
             try:
                 return await future
             finally:
-                endpoint._handler_waits = None
-        if not endpoint._has_message_handler:
-            self._pump()
+                endpoint._handler_waits.discard(fail)
+        self._rearm()
         return await future
 
     def _resolve(self, replies: list[Message]) -> None:
@@ -796,13 +820,13 @@ class Link:
     # ---- called by the transport and the endpoint --------------------------
 
     def _start(self) -> None:
+        self._channel.on_room(self._wake_first_sender)
         self._connection.start(self._woken, self._peer_left)
 
     def _woken(self) -> None:
         """The peer has rung: there may be messages, or room, or it has closed."""
         self._doorbells_heard += 1
-        if self._send_queue:
-            self._send_queue[0].wake()
+        self._wake_first_sender()
         if self._channel.peer_state:
             self._peer_left()
             return
@@ -811,7 +835,12 @@ class Link:
             endpoint._make_ready(self)
         elif self._receive_queue:
             self._receive_queue[0].wake()
-        elif self._requests:
+        else:
+            self._rearm()
+
+    def _rearm(self) -> None:
+        """Requests that are pending want the doorbell, and nobody else asks for it."""
+        if self._requests and not self._over and not self._endpoint._has_message_handler:
             self._pump()
 
     def _pump(self) -> None:
@@ -835,8 +864,7 @@ class Link:
             if not self._channel.park_receive():
                 return
             if looked_again:  # there is something, and it does not fit
-                self._backlog_full = True
-                self._endpoint._backlog_filled()
+                self._endpoint._backlog_filled(self)
                 return
             looked_again = True
 

@@ -90,26 +90,34 @@ class Borrowed:
         end_borrow(self._link, self._borrow, self._message, exc)
 
 
-def borrowed_message(taken: Borrow | Message) -> tuple[Borrow | None, Message]:
-    """The message for a borrowed frame, or for one that had been copied already."""
+def borrowed_message(taken: Borrow | Message) -> tuple[Borrow | bytearray, Message]:
+    """What keeps the bytes, and the message, for one in place or one copied already."""
     if isinstance(taken, Message):
-        return None, Message(memoryview(taken.data), taken.type, taken.id, taken.user_value)
+        # A bytearray can tell whether views of it are alive: it does not change its size.
+        keeper = bytearray(taken.data)
+        view = memoryview(keeper).toreadonly()
+        return keeper, Message(view, taken.type, taken.id, taken.user_value)
     return taken, Message(memoryview(taken), taken.type, taken.id, taken.user_value)
 
 
 def end_borrow(
-    link: Link, borrow: Borrow | None, message: Message, exc: BaseException | None
+    link: Link, keeper: Borrow | bytearray, message: Message, exc: BaseException | None
 ) -> None:
     """Release a borrowed message. Raises BufferError when a view of it lives on."""
+    released = True
     try:
         message.data.release()
-        released = borrow is None or borrow.release()
-    except BufferError:
-        if borrow is not None:
-            borrow.release()
+    except BufferError:  # something was made of the view itself
         released = False
+    if isinstance(keeper, bytearray):
+        try:
+            keeper.append(0)
+        except BufferError:
+            released = False
+    else:
+        released = keeper.release() and released
     if not released and exc is None:
         raise BufferError(
-            f"{link.url}: a view of the borrowed message outlived its block; its bytes of the "
-            "ring stay taken until it dies. Release slices, or copy with bytes()"
+            f"{link.url}: a view of the borrowed message outlived its block; its bytes stay taken "
+            "until it dies. Release slices, or copy with bytes()"
         )

@@ -51,6 +51,8 @@ typedef struct channel_object {
 	PyObject_HEAD
 	struct kucomms_channel *channel;
 	PyObject *doorbell;		/* wakes the peer; any thread */
+	PyObject *room;			/* called when a dropped loan's bytes are free */
+	int receiving;			/* inside receive(), which runs Python code */
 	unsigned long owner;		/* thread of attach() */
 	unsigned long generation;	/* of forks, at birth */
 	int attached;
@@ -178,19 +180,42 @@ static void unmap_if_unused(ChannelObject *self)
 	}
 }
 
-static void ring_doorbell(ChannelObject *self)
+/* Call back, whatever exception is under way; @callback may be cleared in it. */
+static void call_back(PyObject *callback)
 {
 	PyObject *result, *type, *value, *traceback;
 
-	if (!self->doorbell)
+	if (!callback)
 		return;
+	Py_INCREF(callback);
 	PyErr_Fetch(&type, &value, &traceback);
-	result = PyObject_CallNoArgs(self->doorbell);
+	result = PyObject_CallNoArgs(callback);
 	if (result)
 		Py_DECREF(result);
 	else
-		PyErr_WriteUnraisable(self->doorbell);
+		PyErr_WriteUnraisable(callback);
 	PyErr_Restore(type, value, traceback);
+	Py_DECREF(callback);
+}
+
+static void ring_doorbell(ChannelObject *self)
+{
+	call_back(self->doorbell);
+}
+
+/*
+ * Around what touches the ring and may run Python code (allocating can run the
+ * garbage collector): the pages stay mapped until the matching end_use().
+ */
+static void begin_use(ChannelObject *self)
+{
+	self->users++;
+}
+
+static void end_use(ChannelObject *self)
+{
+	self->users--;
+	unmap_if_unused(self);
 }
 
 static enum status status_of(int err)
@@ -307,7 +332,7 @@ static int outgoing_read(struct module_state *state, struct outgoing *out,
 			 PyObject *user_value)
 {
 	memset(out, 0, sizeof(*out));
-	if (Py_TYPE(data) == state->message_type) {
+	if (state->message_type && PyObject_TypeCheck(data, state->message_type)) {
 		PyObject *inner = PyObject_GetAttr(data, state->name_data);
 		int err;
 
@@ -398,10 +423,12 @@ static PyObject *reservation_commit(ReservationObject *self, PyObject *unused)
 		return from_status(CLOSED);
 	}
 	self->active = 0;
+	begin_use(channel);
 	kucomms_ring_commit(self->frame, self->length, 0);
+	reservation_unpin(self);
 	if (kucomms_channel_publish(channel->channel))
 		ring_doorbell(channel);
-	reservation_unpin(self);
+	end_use(channel);
 	return from_status(OK);
 }
 
@@ -432,8 +459,10 @@ static int reservation_getbuffer(ReservationObject *self, Py_buffer *view,
 static void reservation_releasebuffer(ReservationObject *self, Py_buffer *view)
 {
 	(void)view;
-	if (!--self->exports && !self->active)
+	if (!--self->exports && !self->active) {
 		reservation_unpin(self);
+		call_back(self->channel->room);
+	}
 }
 
 static void reservation_dealloc(ReservationObject *self)
@@ -600,12 +629,14 @@ static int channel_traverse(ChannelObject *self, visitproc visit, void *arg)
 {
 	Py_VISIT(Py_TYPE(self));
 	Py_VISIT(self->doorbell);
+	Py_VISIT(self->room);
 	return 0;
 }
 
 static int channel_clear(ChannelObject *self)
 {
 	Py_CLEAR(self->doorbell);
+	Py_CLEAR(self->room);
 	return 0;
 }
 
@@ -615,6 +646,7 @@ static void channel_dealloc(ChannelObject *self)
 
 	PyObject_GC_UnTrack(self);
 	Py_CLEAR(self->doorbell);
+	Py_CLEAR(self->room);
 	if (self->mapped) {
 		all_remove(self);
 		kucomms_channel_unmap(self->channel);
@@ -644,6 +676,19 @@ static PyObject *channel_attach(ChannelObject *self, PyObject *doorbell)
 	Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(channel_on_room_doc,
+"on_room(callback)\n\ncallback() is called, from any thread, when bytes can be\n"
+"reserved again that a dropped loan had kept: the peer does not ring for those.");
+
+static PyObject *channel_on_room(ChannelObject *self, PyObject *callback)
+{
+	PyObject *old = self->room;
+
+	self->room = Py_NewRef(callback);
+	Py_XDECREF(old);
+	Py_RETURN_NONE;
+}
+
 static PyObject *send_from(ChannelObject *self, PyObject *const *args,
 			   Py_ssize_t nargs, int any_thread)
 {
@@ -663,11 +708,14 @@ static PyObject *send_from(ChannelObject *self, PyObject *const *args,
 		return NULL;
 	/* reading the arguments may have run Python code that closed us */
 	status = may_send(self, any_thread);
-	if (status == OK)
+	if (status == OK) {
+		begin_use(self);
 		status = outgoing_put(self, &out, (uint32_t)flags);
+		if (status == OK && kucomms_channel_publish(self->channel))
+			ring_doorbell(self);
+		end_use(self);
+	}
 	outgoing_clear(&out);
-	if (status == OK && kucomms_channel_publish(self->channel))
-		ring_doorbell(self);
 	return from_status(status);
 }
 
@@ -708,24 +756,27 @@ static PyObject *channel_send_many(ChannelObject *self, PyObject *const *args,
 	if (start == -1 && PyErr_Occurred())
 		return NULL;
 	status = may_send(self, 0);
+	if (status != OK)
+		return Py_BuildValue("ni", (Py_ssize_t)0, (int)status);
+	begin_use(self);
 	for (at = start; status == OK; at++) {
 		Py_ssize_t size = PySequence_Size(args[0]);
 		struct outgoing out;
 		PyObject *item;
 		int err;
 
-		if (size < 0)
-			return NULL;
-		if (at >= size)
+		if (size >= 0 && at >= size)
 			break;
-		item = PySequence_GetItem(args[0], at);
+		item = size < 0 ? NULL : PySequence_GetItem(args[0], at);
 		err = !item || outgoing_read(self->state, &out, item, Py_None,
 					     Py_None, Py_None);
 		Py_XDECREF(item);
 		if (err) {
 			/* what was sent comes first; the next call will raise */
-			if (at == start)
+			if (at == start) {
+				end_use(self);
 				return NULL;
+			}
 			PyErr_Clear();
 			break;
 		}
@@ -738,6 +789,7 @@ static PyObject *channel_send_many(ChannelObject *self, PyObject *const *args,
 	}
 	if (at > start && kucomms_channel_publish(self->channel))
 		ring_doorbell(self);
+	end_use(self);
 	return Py_BuildValue("ni", at - start, (int)status);
 }
 
@@ -805,6 +857,28 @@ PyDoc_STRVAR(channel_receive_doc,
 "the list messages, those with the reply flag to the list replies. OK also when\n"
 "there were none; PROTOCOL after what came before the fault.");
 
+/* A Message of what is in the ring; runs Python code. */
+static PyObject *message_from(ChannelObject *self,
+			      const struct kucomms_view *view)
+{
+	PyObject *data, *arguments, *message;
+
+	data = PyBytes_FromStringAndSize((const char *)view->data,
+					 (Py_ssize_t)view->length);
+	if (!data)
+		return NULL;
+	arguments = Py_BuildValue("(NKKK)", data,
+				  (unsigned long long)view->type,
+				  (unsigned long long)view->id,
+				  (unsigned long long)view->user_value);
+	if (!arguments)
+		return NULL;
+	message = PyObject_Call((PyObject *)self->state->message_type,
+				arguments, NULL);
+	Py_DECREF(arguments);
+	return message;
+}
+
 static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
 				 Py_ssize_t nargs)
 {
@@ -812,6 +886,7 @@ static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
 	enum status status;
 	Py_ssize_t limit;
 	long long budget;
+	int failed = 0;
 
 	if (check_args("receive", nargs, 4))
 		return NULL;
@@ -822,11 +897,17 @@ static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
 	if (budget == -1 && PyErr_Occurred())
 		return NULL;
 	status = may_receive(self);
-	if (status != OK)
+	if (status != OK || self->receiving)
 		return from_status(status);
-	for (; limit > 0; limit--) {
-		PyObject *data, *arguments, *message;
+	/*
+	 * Making a message can run the garbage collector and so anything, also
+	 * what closes this channel or receives from it.
+	 */
+	begin_use(self);
+	self->receiving = 1;
+	for (; limit > 0 && self->attached; limit--) {
 		struct kucomms_view view;
+		PyObject *message;
 		int err;
 
 		err = kucomms_channel_peek(channel, &view);
@@ -836,39 +917,25 @@ static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
 			status = PROTOCOL;
 			break;
 		}
-		budget -= (long long)kucomms_frame_span(view.length);
-		if (budget < 0)
+		/* Replies cost nothing: somebody waits for them. */
+		if (!(view.flags & KUCOMMS_FLAG_REPLY))
+			budget -= (long long)kucomms_frame_span(view.length);
+		if (budget < 0 && !(view.flags & KUCOMMS_FLAG_REPLY))
 			break;
-		data = PyBytes_FromStringAndSize((const char *)view.data,
-						 (Py_ssize_t)view.length);
-		if (!data)
-			goto error;
-		arguments = Py_BuildValue("(NKKK)", data,
-					  (unsigned long long)view.type,
-					  (unsigned long long)view.id,
-					  (unsigned long long)view.user_value);
-		if (!arguments)
-			goto error;
-		message = PyObject_Call((PyObject *)self->state->message_type,
-					arguments, NULL);
-		Py_DECREF(arguments);
-		if (!message)
-			goto error;
-		err = PyList_Append(view.flags & KUCOMMS_FLAG_REPLY ?
-				    args[3] : args[2], message);
-		Py_DECREF(message);
-		if (err)
-			goto error;
+		message = message_from(self, &view);
+		failed = !message ||
+			 PyList_Append(view.flags & KUCOMMS_FLAG_REPLY ?
+				       args[3] : args[2], message);
+		Py_XDECREF(message);
+		if (failed)
+			break;
 		kucomms_channel_advance(channel, &view);
 	}
+	self->receiving = 0;
 	if (kucomms_channel_release(channel))
 		ring_doorbell(self);
-	return from_status(status);
-
-error:
-	if (kucomms_channel_release(channel))
-		ring_doorbell(self);
-	return NULL;
+	end_use(self);
+	return failed ? NULL : from_status(status);
 }
 
 PyDoc_STRVAR(channel_borrow_doc,
@@ -885,20 +952,31 @@ static PyObject *channel_borrow(ChannelObject *self, PyObject *unused)
 	status = may_receive(self);
 	if (status != OK)
 		return from_status(status);
+	if (self->receiving)
+		return from_status(EMPTY);
+	borrow = PyObject_New(BorrowObject, self->state->borrow_type);
+	if (!borrow)
+		return NULL;
+	borrow->channel = NULL;
+	borrow->exports = 0;
+	borrow->released = 0;
+	borrow->pinned = 0;
+	/* allocating may have run anything */
+	status = may_receive(self);
+	if (status != OK) {
+		Py_DECREF(borrow);
+		return from_status(status);
+	}
 	err = kucomms_channel_peek(self->channel, &view);
 	if (err) {
+		Py_DECREF(borrow);
 		/* what was skipped on the way */
 		if (kucomms_channel_release(self->channel))
 			ring_doorbell(self);
 		return from_status(err == -EAGAIN ? EMPTY : PROTOCOL);
 	}
-	borrow = PyObject_New(BorrowObject, self->state->borrow_type);
-	if (!borrow)
-		return NULL;
 	borrow->channel = (ChannelObject *)Py_NewRef((PyObject *)self);
 	borrow->view = view;
-	borrow->exports = 0;
-	borrow->released = 0;
 	borrow->pinned = 1;
 	self->users++;
 	kucomms_channel_borrow(self->channel, &view, &borrow->pin);
@@ -971,6 +1049,7 @@ static PyObject *channel_unmap(ChannelObject *self, PyObject *unused)
 	self->attached = 0;
 	self->unmap_wanted = 1;
 	Py_CLEAR(self->doorbell);
+	Py_CLEAR(self->room);
 	unmap_if_unused(self);
 	Py_RETURN_NONE;
 }
@@ -1052,6 +1131,7 @@ static PyObject *channel_get_forked(ChannelObject *self, void *unused)
 
 static PyMethodDef channel_methods[] = {
 	METHOD("attach", channel_attach, METH_O, channel_attach_doc),
+	METHOD("on_room", channel_on_room, METH_O, channel_on_room_doc),
 	METHOD("send", channel_send, METH_FASTCALL, channel_send_doc),
 	METHOD("send_threadsafe", channel_send_threadsafe, METH_FASTCALL,
 	       channel_send_threadsafe_doc),

@@ -132,6 +132,7 @@ class Listener(ABC):
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.closed = False
 
     @abstractmethod
     async def aclose(self) -> None:

@@ -33,6 +33,9 @@ from kucomms.transports.base import (
 
 __all__ = ["transport"]
 
+_ONCE = 5.0
+"""Seconds that a listener which is there may take to answer a connect(timeout=0)."""
+
 
 class InprocConnection(Connection):
     """One side. Both sides know each other until one closes."""
@@ -46,6 +49,8 @@ class InprocConnection(Connection):
         self._thread = 0
         self._woken: Callable[[], None] | None = None
         self._gone: Callable[[KucommsError | None], None] | None = None
+        # what came before start(), to be told then
+        self._early: list[Callable[[], None]] | None = []
 
     def start(
         self, woken: Callable[[], None], gone: Callable[[KucommsError | None], None]
@@ -54,6 +59,9 @@ class InprocConnection(Connection):
         self._gone = gone
         self._thread = threading.get_ident()
         self.channel.attach(self.ring)
+        early, self._early = self._early or [], None
+        for callback in early:
+            self._loop.call_soon(callback)
 
     def ring(self) -> None:
         other = self.other
@@ -72,11 +80,15 @@ class InprocConnection(Connection):
         return True
 
     def _deliver(self) -> None:
-        if self._woken is not None:
+        if self._early is not None:
+            self._early.append(self._deliver)
+        elif self._woken is not None:
             self._woken()
 
     def _report_gone(self) -> None:
-        if self._gone is not None:
+        if self._early is not None:
+            self._early.append(self._report_gone)
+        elif self._gone is not None:
             self._gone(None)
 
     def close(self) -> None:
@@ -103,7 +115,6 @@ class InprocListener(Listener):
         self._options = options
         self._accept = accept
         self._links = links
-        self.closed = False
 
     def serve(self, request: _Request) -> None:
         """In the listener's loop: make the channel and give each side its end."""
@@ -257,7 +268,7 @@ class InprocTransport:
 
     async def connect(self, address: Address, options: ConnectOptions) -> Connection:
         try:
-            async with asyncio.timeout(options.timeout or None):
+            async with asyncio.timeout(_ONCE if options.timeout == 0 else options.timeout):
                 while True:
                     listener = await self._find(address, options)
                     request = _Request(options)

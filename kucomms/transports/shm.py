@@ -549,6 +549,7 @@ class ShmListener(Listener):
                 f"{self.url}: this listener was made before a fork and cannot be closed in the "
                 "child; it belongs to the parent"
             )
+        self.closed = True
         self._close_sockets()
         if not self._ended.done():
             self._ended.set_result(None)

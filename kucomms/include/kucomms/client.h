@@ -974,6 +974,8 @@ out:
  *
  * Who breaks the rules of the rendezvous, or is not done with it within
  * KUCOMMS_HANDSHAKE_MS, is dropped and counted, and the next one taken.
+ * One at a time: a peer that says nothing holds up those behind it for that
+ * long. (The Python listener serves many at once.)
  * To wait for more than one thing, poll() for @listener->socket to be readable
  * and accept with timeout 0.
  *
