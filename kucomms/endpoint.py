@@ -631,7 +631,7 @@ class Endpoint:
                 self._work_again = False
                 self._work_calls += 1
                 self._work_again = (await self._call("on_work")) is True
-            if "on_timer" in due:
+            if "on_timer" in due and not self._stopping:
                 self._timer_calls += 1
                 await self._call("on_timer", self._loop.time())
 

@@ -750,9 +750,11 @@ async def check_handlers(harness: Harness) -> None:
         assert running == 0, f"{name} runs beside another handler"
         running += 1
         seen.append(name)
-        await asyncio.sleep(0)
-        yield
-        running -= 1
+        try:
+            await asyncio.sleep(0)
+            yield
+        finally:
+            running -= 1  # also when leaving the endpoint cancels it
         if {"message", "work", "timer"} <= set(seen) and seen.count("message") >= 200:
             done.set()
 
