@@ -180,7 +180,7 @@ async def test_idle_endpoint_costs_no_wakeups():
         async with kucomms.connect("shm://idle") as link:
             await link.send(b"")
             await _until(lambda: endpoint.statistics().message_calls == 1)
-            await asyncio.sleep(0.1)
+            await _until(lambda: endpoint._sleep is not None)  # it has parked
             wakeups = endpoint.statistics().wakeups
 
             def switches():
