@@ -186,9 +186,9 @@ class Endpoint:
 
         With ``borrow=True``, ``message.data`` is a read-only memoryview into the ring,
         valid until the handler returns; a slice that lives longer is reported as a
-        ``BufferError`` of the handler. Do not wait for a reply of the same peer in it:
-        the message's bytes stay taken, and if the peer fills the rest of the ring, its
-        reply finds no room.
+        ``BufferError`` of the handler. While it waits, the message's bytes stay taken;
+        when the peer has filled the rest of the ring, a send or request that the handler
+        waits for raises ``QueueFull``.
         """
         if handler is None:
 

@@ -425,6 +425,8 @@ class Link:
 
     def _leave_send_queue(self, ticket: TaskTicket | ThreadTicket) -> None:
         self._send_queue.remove(ticket)
+        if not self._send_queue:
+            self._channel.unpark_send()
         self._wake_first_sender()
 
     def _wake_first_sender(self) -> None:
@@ -862,6 +864,8 @@ class Link:
                 looked_again = False
                 continue
             if not self._channel.park_receive():
+                if self._channel.peer_starves:  # what a handler has borrowed is in its way
+                    self._endpoint._backlog_filled(self)
                 return
             if looked_again:  # there is something, and it does not fit
                 self._endpoint._backlog_filled(self)

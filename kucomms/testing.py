@@ -91,10 +91,11 @@ class Responder:
     comes over another one.
 
     Its messages are awaited by a task for each link; with ``handler=True`` they come to a
-    message handler instead, which knows ECHO, REPLY and SINK only.
+    message handler instead, a borrowing one with ``borrow=True``, which knows ECHO,
+    REPLY, STREAM, SINK and REPORT only.
     """
 
-    def __init__(self, *, handler: bool = False, **options: Any) -> None:
+    def __init__(self, *, handler: bool = False, borrow: bool = False, **options: Any) -> None:
         self.endpoint = Endpoint("responder", **options)
         self._report = Report()
         self._next: dict[Link, int] = {}
@@ -105,7 +106,7 @@ class Responder:
         self.endpoint.on_link_close(self._closed)
         self.endpoint.on_error(self._failed)
         if handler:
-            self.endpoint.on_message(self._do)
+            self.endpoint.on_message(borrow=borrow)(self._do)
         self._handler = handler
 
     async def __aenter__(self) -> Responder:
@@ -965,6 +966,66 @@ async def check_borrowing_handler(harness: Harness) -> None:
         await asyncio.wait_for(done.wait(), PATIENCE)
         assert [type(error) for error in failures] == [BufferError]
         kept.clear()
+
+
+async def check_borrowing_request(harness: Harness) -> None:
+    """A borrowing handler waits for a reply, and the peer for what it has borrowed."""
+    url = harness.new_url()
+    failures: list[BaseException] = []
+    done = asyncio.Event()
+    endpoint = Endpoint("borrows")
+
+    @endpoint.on_message(borrow=True)
+    async def message(message: Message, link: Link) -> None:
+        if not failures:
+            await link.request(b"", type=REPLY)  # the responder streams first
+
+    @endpoint.on_error
+    def failed(error: BaseException, name: str) -> None:
+        failures.append(error)
+
+    @endpoint.on_link_close
+    def closed(link: Link, error: BaseException | None) -> None:
+        done.set()
+
+    async with harness.responder(url, ring_size=1 << 12), endpoint:
+        link = await endpoint.connect(url, timeout=PATIENCE)
+        await link.send(b"", type=STREAM, id=500, user_value=500)
+        await link.send(b"", type=CLOSE)
+        await asyncio.wait_for(done.wait(), PATIENCE)
+    assert [type(error) for error in failures] == [QueueFull]
+
+
+async def check_borrowing_flood(harness: Harness) -> None:
+    """Two borrowing handlers that flood each other: QueueFull, no deadlock."""
+    url = harness.new_url()
+    failures: list[BaseException] = []
+    seen = 0
+    endpoint = Endpoint("borrows")
+
+    @endpoint.on_message(borrow=True)
+    async def message(message: Message, link: Link) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            for number in range(500):
+                await link.send(numbered(number, 300, SINK))
+
+    @endpoint.on_error
+    def failed(error: BaseException, name: str) -> None:
+        failures.append(error)
+
+    options: dict[str, Any] = {"handler": True, "borrow": True}
+    async with harness.responder(url, ring_size=1 << 12, **options), endpoint:
+        link = await endpoint.connect(url, timeout=PATIENCE)
+        await link.send(b"", type=STREAM, id=300, user_value=500)
+        await link.request(b"", type=REPLY, timeout=PATIENCE)
+        outcome = await report(link)
+    # one of the two gave up, perhaps both; what the other sent has arrived
+    assert [type(error) for error in failures] in ([], [QueueFull])
+    assert seen == 500 or outcome.count == 500
+    assert not outcome.damaged
+    assert not outcome.out_of_order
 
 
 async def check_plain_functions(harness: Harness) -> None:

@@ -1002,13 +1002,29 @@ PyDoc_STRVAR(channel_park_send_doc,
 static PyObject *channel_park_send(ChannelObject *self, PyObject *size)
 {
 	unsigned long long length = PyLong_AsUnsignedLongLong(size);
+	int must_ring;
 
 	if (length == (unsigned long long)-1 && PyErr_Occurred())
 		return NULL;
 	if (may_send(self, 1) != OK || length > UINT32_MAX)
 		Py_RETURN_TRUE;
-	return PyBool_FromLong(kucomms_channel_park_tx(self->channel,
-						       (uint32_t)length));
+	begin_use(self);
+	must_ring = kucomms_channel_park_tx(self->channel, (uint32_t)length);
+	if (must_ring == 1)
+		ring_doorbell(self);
+	end_use(self);
+	return PyBool_FromLong(must_ring == -EAGAIN);
+}
+
+PyDoc_STRVAR(channel_unpark_send_doc,
+"unpark_send()\n\nTell the peer that nobody waits for room any more. Any thread.");
+
+static PyObject *channel_unpark_send(ChannelObject *self, PyObject *unused)
+{
+	(void)unused;
+	if (may_send(self, 1) == OK)
+		kucomms_channel_unpark_tx(self->channel);
+	Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(channel_stop_sending_doc,
@@ -1064,6 +1080,13 @@ static PyObject *channel_get_peer_state(ChannelObject *self, void *unused)
 	(void)unused;
 	return PyLong_FromUnsignedLong(readable(self) ?
 		kucomms_ring_peer_state(&self->channel->rx) : 0);
+}
+
+static PyObject *channel_get_peer_starves(ChannelObject *self, void *unused)
+{
+	(void)unused;
+	return PyBool_FromLong(readable(self) &&
+			       kucomms_channel_peer_starves(self->channel));
 }
 
 static PyObject *channel_get_tx_avail(ChannelObject *self, void *unused)
@@ -1143,6 +1166,8 @@ static PyMethodDef channel_methods[] = {
 	METHOD("park_receive", channel_park_receive, METH_NOARGS,
 	       channel_park_receive_doc),
 	METHOD("park_send", channel_park_send, METH_O, channel_park_send_doc),
+	METHOD("unpark_send", channel_unpark_send, METH_NOARGS,
+	       channel_unpark_send_doc),
 	METHOD("stop_sending", channel_stop_sending, METH_O,
 	       channel_stop_sending_doc),
 	METHOD("finish", channel_finish, METH_NOARGS, channel_finish_doc),
@@ -1156,6 +1181,7 @@ static PyMethodDef channel_methods[] = {
 
 static PyGetSetDef channel_getset[] = {
 	GETTER(peer_state, "what the peer says of itself: 0 open"),
+	GETTER(peer_starves, "after parking: the peer waits for what is borrowed"),
 	GETTER(tx_avail, "bytes sent and not yet released by the peer"),
 	GETTER(tx_free, "bytes that can be sent now, headers included"),
 	GETTER(rx_avail, "bytes that wait to be read, headers included"),
@@ -1168,7 +1194,7 @@ static PyGetSetDef channel_getset[] = {
 PyDoc_STRVAR(channel_doc,
 "Channel(address)\n\n"
 "Takes over a struct kucomms_channel that _setup made. Every method but\n"
-"send_threadsafe and park_send belongs to the thread of attach().");
+"send_threadsafe and the two for parking sends belongs to the thread of attach().");
 
 static PyType_Slot channel_slots[] = {
 	SLOT(Py_tp_new, channel_new),

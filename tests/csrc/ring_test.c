@@ -375,7 +375,8 @@ static void test_discard(void)
 	first = reserve(&pair, (uint32_t)kucomms_message_max(pair.size), 4,
 			NULL);
 	CHECK(send_pattern(&pair, 0, 5) == -EAGAIN);
-	CHECK(!kucomms_channel_park_tx(&pair.a, 0));
+	CHECK(kucomms_channel_park_tx(&pair.a, 0) == 1);
+	CHECK(!kucomms_channel_park_rx(&pair.b));	/* woken, and nothing yet */
 	CHECK(kucomms_channel_discard(&pair.a, first,
 				      (uint32_t)kucomms_message_max(pair.size))
 	      == 1);
@@ -615,7 +616,7 @@ static void test_space_epoch(void)
 
 	pair_open(&pair, 0);
 	fits = pair.size / 32;
-	CHECK(kucomms_channel_park_tx(&pair.a, 0) == 1);	/* there is room */
+	CHECK(kucomms_channel_park_tx(&pair.a, 0) == -EAGAIN); /* there is room */
 	for (i = 0; i < fits; i++)
 		CHECK(send_pattern(&pair, 0, i) >= 0);
 	CHECK(kucomms_channel_park_tx(&pair.a, 0) == 0);
@@ -628,12 +629,50 @@ static void test_space_epoch(void)
 	CHECK(!kucomms_channel_peek(&pair.b, &view));
 	kucomms_channel_advance(&pair.b, &view);
 	CHECK(kucomms_channel_release(&pair.b) == 0);
-	CHECK(kucomms_channel_park_tx(&pair.a, 32) == 1);
+	CHECK(kucomms_channel_park_tx(&pair.a, 32) == -EAGAIN);
 	CHECK(kucomms_channel_park_tx(&pair.a, 33) == 0);
 	CHECK(!kucomms_channel_peek(&pair.b, &view));
 	kucomms_channel_advance(&pair.b, &view);
 	CHECK(kucomms_channel_release(&pair.b) == 1);
 	CHECK(pair.b.doorbells_rung == 2);
+	pair_close(&pair);
+}
+
+/* A consumer learns that the producer sleeps for what it has borrowed. */
+static void test_starves(void)
+{
+	struct kucomms_view view;
+	struct kucomms_pin pin;
+	struct pair pair;
+	uint32_t half;
+
+	pair_open(&pair, 0);
+	half = (uint32_t)(pair.size / 2 - KUCOMMS_HEADER_SIZE);
+	CHECK(send_pattern(&pair, half, 0) >= 0);
+	CHECK(!kucomms_channel_peek(&pair.b, &view));
+	kucomms_channel_borrow(&pair.b, &view, &pin);
+	CHECK(!kucomms_channel_park_rx(&pair.b));
+	CHECK(!kucomms_channel_peer_starves(&pair.b));
+	/* Found room after all: not asleep, whatever its epoch says. */
+	CHECK(kucomms_channel_park_tx(&pair.a, half) == -EAGAIN);
+	CHECK(!kucomms_channel_peer_starves(&pair.b));
+	/* More than is left: rings once, and the consumer sees why. */
+	CHECK(kucomms_channel_park_tx(&pair.a, half + 1) == 1);
+	CHECK(kucomms_channel_park_tx(&pair.a, half + 1) == 0);
+	CHECK(!kucomms_channel_park_rx(&pair.b));
+	CHECK(kucomms_channel_peer_starves(&pair.b));
+	/* What is sent instead says that nobody sleeps any more. */
+	CHECK(send_pattern(&pair, 0, 1) == 1);
+	CHECK(!kucomms_channel_peer_starves(&pair.b));
+	CHECK(kucomms_channel_park_tx(&pair.a, half + 1) >= 0);
+	kucomms_channel_unpark_tx(&pair.a);
+	CHECK(!kucomms_channel_peer_starves(&pair.b));
+	/* Without a pin the consumer only has to release. */
+	CHECK(kucomms_channel_park_tx(&pair.a, half + 1) >= 0);
+	CHECK(kucomms_channel_peer_starves(&pair.b));
+	kucomms_channel_unpin_rx(&pin);
+	CHECK(!kucomms_channel_peer_starves(&pair.b));
+	CHECK(kucomms_channel_release(&pair.b) == 1);
 	pair_close(&pair);
 }
 
@@ -812,7 +851,7 @@ static void expect_refused(struct pair *pair)
 	CHECK(pair->a.protocol_errors == before + 1);
 	CHECK(kucomms_channel_reserve(&pair->a, 64, 0, &frame, NULL) ==
 	      -EPROTO);
-	CHECK(kucomms_channel_park_tx(&pair->a, 64) == 1);
+	CHECK(kucomms_channel_park_tx(&pair->a, 64) == -EAGAIN);
 }
 
 static void test_hostile_consumer(void)
@@ -981,6 +1020,7 @@ static const struct {
 	{ "loan_out", test_loan_out },
 	{ "data_epoch", test_data_epoch },
 	{ "space_epoch", test_space_epoch },
+	{ "starves", test_starves },
 	{ "poll", test_poll },
 	{ "hostile_producer_position", test_hostile_producer_position },
 	{ "hostile_producer_overrun", test_hostile_producer_overrun },

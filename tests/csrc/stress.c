@@ -161,8 +161,11 @@ static uint64_t checksum(const unsigned char *data, uint32_t length,
 static void sleep_for_space(struct way *way, uint32_t length)
 {
 	uint32_t seen = bell_read(&way->space);
+	int err = kucomms_channel_park_tx(way->from, length);
 
-	if (!kucomms_channel_park_tx(way->from, length))
+	if (err == 1)
+		bell_ring(&way->data);
+	if (err >= 0)
 		bell_sleep(&way->space, seen);
 }
 

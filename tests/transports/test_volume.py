@@ -113,6 +113,6 @@ async def test_beside_a_thread_that_holds_the_gil():
         return statistics.median(value[index] for value in values)
 
     # Per processor second nothing gets lost to the hand-over of the GIL ...
-    assert median(beside, 0) > 0.5 * median(alone, 0)
+    assert median(beside, 0) > 0.7 * median(alone, 0)
     # ... and of the time, the share of one of two threads, not a thousandth of it.
-    assert median(beside, 1) > 0.1 * median(alone, 1)
+    assert median(beside, 1) > 0.3 * median(alone, 1)

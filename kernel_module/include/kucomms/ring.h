@@ -7,8 +7,9 @@
  *	+----------+      +----------+      +---------------+---------------+
  *	| position |      | position |      | frame | frame | frame | fra ...
  *	| parked   |      | parked   |      +---------------+---------------+
- *	| state    |      +----------+        a frame that crosses the end goes
- *	+----------+                          on in the second mapping
+ *	| wanted   |      +----------+        a frame that crosses the end goes
+ *	| state    |                          on in the second mapping
+ *	+----------+
  *
  *	            released        committed   busy          reserved
  *	   free   |  (consumer   |  frames    | frame ...   |   free
@@ -37,6 +38,10 @@
  * and the same for space. The epoch says more than a flag: whoever wakes
  * remembers for which epoch it has rung, so a burst rings once.
  *
+ * A producer that sleeps for space says in "wanted" for how much, and rings as
+ * after a commit: a consumer that keeps pins and waits for something itself
+ * learns so that nothing more can come (producer_starves()).
+ *
  * Trust. The other side may write anything at any time into its pages. Each of
  * its words is read once, checked against what is kept privately, then used.
  *
@@ -64,6 +69,8 @@ KUCOMMS_STATIC_ASSERT(frame_user_value,
 KUCOMMS_STATIC_ASSERT(producer_size, sizeof(struct kucomms_producer) == 264);
 KUCOMMS_STATIC_ASSERT(producer_parked,
 		      __builtin_offsetof(struct kucomms_producer, parked) == 128);
+KUCOMMS_STATIC_ASSERT(producer_wanted,
+		      __builtin_offsetof(struct kucomms_producer, wanted) == 136);
 KUCOMMS_STATIC_ASSERT(producer_state,
 		      __builtin_offsetof(struct kucomms_producer, state) == 256);
 KUCOMMS_STATIC_ASSERT(consumer_size, sizeof(struct kucomms_consumer) == 144);
@@ -96,6 +103,7 @@ struct kucomms_pin {
  * @position: bytes ever reserved
  * @consumed: the consumer's position as last seen
  * @parked: our epoch
+ * @wanted: the bytes that we sleep for, 0 when awake
  * @rung: the last of the consumer's epochs for which we rang
  * @pins: loans that are out, or were dropped while a view of them lives
  * @high_water: most bytes seen waiting
@@ -108,6 +116,7 @@ struct kucomms_ring_producer {
 	__u64 position;
 	__u64 consumed;
 	__u64 parked;
+	__u64 wanted;
 	__u64 rung;
 	struct kucomms_pin pins;
 	__u64 high_water;
@@ -220,6 +229,7 @@ kucomms_ring_producer_init(struct kucomms_ring_producer *p,
 	p->position = 0;
 	p->consumed = 0;
 	p->parked = 0;
+	p->wanted = 0;
 	p->rung = 0;
 	p->high_water = 0;
 	kucomms_pins_init(&p->pins);
@@ -267,6 +277,16 @@ static inline int kucomms_ring_has_room(struct kucomms_ring_producer *p,
 	return span <= kucomms_ring_room(p) ? 0 : -EAGAIN;
 }
 
+/* Say that the producer does not sleep for space any more. Its lock is held. */
+static inline void kucomms_ring_unpark_for_space(struct kucomms_ring_producer *p)
+{
+	if (!p->wanted)
+		return;
+	p->wanted = 0;
+	/* pairs with READ_ONCE() in kucomms_ring_producer_starves() */
+	WRITE_ONCE(p->own->wanted, 0);
+}
+
 /**
  * kucomms_ring_reserve - take the next bytes of the ring for a message
  * @p: the producer, its lock held
@@ -298,6 +318,7 @@ static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
 	p->position += span;
 	/* pairs with smp_load_acquire() in kucomms_ring_refresh_available() */
 	smp_store_release(&p->own->position, p->position);
+	kucomms_ring_unpark_for_space(p);
 	*frame = f;
 	return 0;
 }
@@ -350,16 +371,21 @@ static inline int kucomms_ring_wake_consumer(struct kucomms_ring_producer *p)
  * @p: the producer, its lock held
  * @span: bytes that are wanted
  *
- * Return: 0 when it may sleep, 1 when there is room (or something is wrong)
- * and it must try again instead.
+ * Return: 0 when it may sleep, after asking kucomms_ring_wake_consumer(); 1 when
+ * there is room (or something is wrong) and it must try again instead.
  */
 static inline int kucomms_ring_park_for_space(struct kucomms_ring_producer *p,
 					      __u64 span)
 {
+	p->wanted = span;
+	WRITE_ONCE(p->own->wanted, span);
 	WRITE_ONCE(p->own->parked, ++p->parked);
-	/* pairs with smp_mb() in kucomms_ring_wake_producer() */
+	/* pairs with smp_mb() in kucomms_ring_release() */
 	smp_mb();
-	return kucomms_ring_has_room(p, span) != -EAGAIN;
+	if (kucomms_ring_has_room(p, span) == -EAGAIN)
+		return 0;
+	kucomms_ring_unpark_for_space(p);
+	return 1;
 }
 
 /* Say that nothing more will be committed. The bell is to be rung after it. */
@@ -530,6 +556,26 @@ static inline int kucomms_ring_park_for_data(struct kucomms_ring_consumer *c)
 	smp_mb();
 	/* What was skipped must be released before sleeping, too. */
 	return kucomms_ring_peek(c, &view) != -EAGAIN || c->position != before;
+}
+
+/**
+ * kucomms_ring_producer_starves - does the producer sleep for what is pinned?
+ * @c: the consumer, drained and parked for data
+ *
+ * Then nothing more comes before a pin is removed.
+ */
+static inline int
+kucomms_ring_producer_starves(const struct kucomms_ring_consumer *c)
+{
+	/*
+	 * The smp_mb() in kucomms_ring_park_for_data() before this pairs with
+	 * the one in kucomms_ring_wake_consumer(), which a producer calls when
+	 * it has parked: it rings, or is seen here.
+	 */
+	__u64 wanted = READ_ONCE(c->peer->wanted);
+
+	return c->pins.next != &c->pins &&
+	       wanted > c->size - (c->available - c->published);
 }
 
 #endif /* _KUCOMMS_RING_H */

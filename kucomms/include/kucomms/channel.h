@@ -361,7 +361,10 @@ static inline void kucomms_channel_unpin_tx(struct kucomms_channel *channel,
 	pthread_mutex_unlock(&channel->lock);
 }
 
-/* Before sleeping until @length bytes can be sent: 1 try again, 0 sleep. */
+/*
+ * Before sleeping until @length bytes can be sent. Return: -EAGAIN try again,
+ * 0 sleep, 1 ring the doorbell and sleep.
+ */
 static inline int kucomms_channel_park_tx(struct kucomms_channel *channel,
 					  uint32_t length)
 {
@@ -370,8 +373,18 @@ static inline int kucomms_channel_park_tx(struct kucomms_channel *channel,
 	pthread_mutex_lock(&channel->lock);
 	again = kucomms_ring_park_for_space(&channel->tx,
 					    kucomms_frame_span(length));
+	if (!again)
+		channel->publishes++;	/* the bell below has to be counted */
 	pthread_mutex_unlock(&channel->lock);
-	return again;
+	return again ? -EAGAIN : kucomms_channel_publish(channel);
+}
+
+/* Not sleeping for space any more, though nothing was sent. */
+static inline void kucomms_channel_unpark_tx(struct kucomms_channel *channel)
+{
+	pthread_mutex_lock(&channel->lock);
+	kucomms_ring_unpark_for_space(&channel->tx);
+	pthread_mutex_unlock(&channel->lock);
 }
 
 /* Bytes that were sent and not yet released by the peer. */
@@ -451,6 +464,13 @@ static inline void kucomms_channel_unpin_rx(struct kucomms_pin *pin)
 static inline int kucomms_channel_park_rx(struct kucomms_channel *channel)
 {
 	return kucomms_ring_park_for_data(&channel->rx);
+}
+
+/* After parking: does the peer sleep for bytes that are borrowed here? */
+static inline int
+kucomms_channel_peer_starves(const struct kucomms_channel *channel)
+{
+	return kucomms_ring_producer_starves(&channel->rx);
 }
 
 /* Bytes, headers included, that wait to be read; 0 when that is nonsense. */

@@ -1141,11 +1141,17 @@ static inline int kucomms_client_park(struct kucomms_client *client,
 				      int receive, ssize_t length)
 {
 	struct kucomms_channel *channel = &client->channel;
+	int err;
 
 	if (receive && kucomms_channel_park_rx(channel))
 		return 1;
-	if (length >= 0 && kucomms_channel_park_tx(channel, (uint32_t)length))
-		return 1;
+	if (length >= 0) {
+		err = kucomms_channel_park_tx(channel, (uint32_t)length);
+		if (err == 1)
+			err = kucomms_client_ring(client);
+		if (err)
+			return 1;	/* room, or what the caller finds */
+	}
 	return client->gone ||
 	       kucomms_ring_peer_state(&channel->rx) != KUCOMMS_STATE_OPEN;
 }

@@ -66,6 +66,7 @@ struct kucomms_frame {
  * struct kucomms_producer - what the producer of a ring tells its consumer
  * @position: bytes ever reserved; only grows, masked on use
  * @parked: "parked for space" epoch, advanced each time before sleeping
+ * @wanted: bytes that the producer sleeps for, 0 when it does not
  * @state: KUCOMMS_STATE_*
  *
  * The words are on lines of their own: position changes with each message,
@@ -75,7 +76,8 @@ struct kucomms_producer {
 	__u64 position;
 	__u64 reserved0[15];
 	__u64 parked;
-	__u64 reserved1[15];
+	__u64 wanted;
+	__u64 reserved1[14];
 	__u32 state;
 	__u32 reserved2;
 };
