@@ -31,6 +31,7 @@ from kucomms._core._ring import (
     Reservation,
     configure,
     drain_socket,
+    ring_device,
     ring_socket,
 )
 from kucomms.exceptions import ProtocolError, TransportError, VersionError
@@ -57,12 +58,15 @@ __all__ = [
     "Reservation",
     "configure",
     "drain_socket",
+    "ioctl_setup",
     "lib",
     "max_message_size",
     "new_record",
+    "new_setup",
     "os_error",
     "poll",
     "record_bytes",
+    "ring_device",
     "ring_size_for",
     "ring_socket",
     "shm_create",
@@ -170,6 +174,16 @@ def new_record(data: bytes | None = None) -> Any:
     if data is not None:
         _ffi.memmove(record, data, _ffi.sizeof("struct kucomms_rendezvous"))
     return record
+
+
+def new_setup() -> Any:
+    """A zeroed ``struct kucomms_setup``."""
+    return _ffi.new("struct kucomms_setup *")
+
+
+def ioctl_setup(fd: int, setup: Any) -> int:
+    """Make a channel of an open device; 0 or an errno. May wait for the kernel endpoint."""
+    return int(lib.setup_ioctl(fd, setup))
 
 
 def record_bytes(record: Any) -> bytes:

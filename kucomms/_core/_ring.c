@@ -20,6 +20,7 @@
 #include <structmember.h>
 
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include <kucomms/channel.h>
@@ -1258,6 +1259,20 @@ static PyObject *ring_socket(PyObject *module, PyObject *fd)
 	return PyLong_FromLong(0);
 }
 
+PyDoc_STRVAR(ring_device_doc,
+"ring_device(fd) -> errno\n\n"
+"Ring the kernel's doorbell. Keeps the GIL, as ring_socket().");
+
+static PyObject *ring_device(PyObject *module, PyObject *fd)
+{
+	long number = PyLong_AsLong(fd);
+
+	(void)module;
+	if (number == -1 && PyErr_Occurred())
+		return NULL;
+	return PyLong_FromLong(ioctl((int)number, KUCOMMS_IOC_KICK) ? errno : 0);
+}
+
 PyDoc_STRVAR(drain_socket_doc,
 "drain_socket(fd) -> status\n\n"
 "Take the doorbells off a socket, never blocking. OK: it is empty. FULL: there is\n"
@@ -1292,6 +1307,7 @@ static PyObject *drain_socket(PyObject *module, PyObject *fd)
 static PyMethodDef module_methods[] = {
 	METHOD("drain_socket", drain_socket, METH_O, drain_socket_doc),
 	METHOD("configure", configure, METH_O, configure_doc),
+	METHOD("ring_device", ring_device, METH_O, ring_device_doc),
 	METHOD("ring_socket", ring_socket, METH_O, ring_socket_doc),
 	{ NULL, NULL, 0, NULL },
 };

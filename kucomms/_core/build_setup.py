@@ -44,12 +44,25 @@ ffi.cdef("""
         uint8_t hello[64];
     };
 
+    struct kucomms_setup {
+        uint32_t version;
+        uint32_t hello_length;
+        uint64_t features;
+        uint64_t ring_size;
+        uint64_t page_size;
+        uint64_t side_size;
+        uint64_t side_offset[2];
+        uint8_t hello[64];
+        uint64_t reserved[8];
+    };
+
     struct kucomms_channel { ...; };
 
     uint64_t kucomms_ring_size(uint64_t asked);
     uint64_t kucomms_side_size(uint64_t ring_size);
     uint64_t kucomms_message_max(uint64_t ring_size);
 
+    int setup_ioctl(int fd, struct kucomms_setup *setup);
     int setup_shm_create(const char *name);
     int setup_shm_unlink(const char *name);
     struct kucomms_channel *setup_channel_new(uint32_t own, uint64_t ring_size,
@@ -66,6 +79,7 @@ ffi.set_source(
     r"""
     #include <fcntl.h>
     #include <stdlib.h>
+    #include <sys/ioctl.h>
     #include <sys/stat.h>
     #include <kucomms/channel.h>
     #include <kucomms/rendezvous.h>
@@ -76,6 +90,16 @@ ffi.set_source(
         int fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 
         return fd < 0 ? -errno : fd;
+    }
+
+    static int setup_ioctl(int fd, struct kucomms_setup *setup)
+    {
+        int err;
+
+        do {
+            err = ioctl(fd, KUCOMMS_IOC_SETUP, setup);
+        } while (err && errno == EINTR);
+        return err ? errno : 0;
     }
 
     static int setup_shm_unlink(const char *name)

@@ -11,6 +11,7 @@ __all__ = ["find"]
 
 _BUILT_IN = {
     "inproc": "kucomms.transports.inproc",
+    "kernel": "kucomms.transports.kernel",
     "shm": "kucomms.transports.shm",
 }
 

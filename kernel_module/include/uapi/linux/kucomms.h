@@ -16,6 +16,7 @@
 #ifndef _UAPI_LINUX_KUCOMMS_H
 #define _UAPI_LINUX_KUCOMMS_H
 
+#include <linux/ioctl.h>
 #include <linux/types.h>
 
 #define KUCOMMS_MAGIC		0x736d6d6f63756bULL	/* "kucomms", little endian */
@@ -121,5 +122,79 @@ struct kucomms_geometry {
 	__u64 frame_size;
 	__u64 reserved[7];
 };
+
+/*
+ * The device, /dev/kucomms_NAME. Each open file that has been set up is one
+ * channel to the kernel endpoint of that name. Side 0 is the kernel's, side 1
+ * the user's. Both are mapped out of the file, MAP_SHARED: side 1 as the user
+ * likes, side 0 only for reading.
+ *
+ * A channel ends with its last mapping or its last descriptor, whichever comes
+ * first: a forked child inherits descriptors, but no mappings.
+ *
+ * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered.
+ * After it:
+ *
+ *	POLLIN	the kernel has rung for the epoch in which the consumer (the
+ *		user) has parked last, see struct kucomms_consumer: there is a
+ *		message, or the producer wants something
+ *	POLLOUT	the same for the producer's epoch: there is room
+ *	POLLHUP	the kernel's end is closed, for good
+ *	POLLERR	it was closed because the user broke the rules of the ring
+ */
+#define KUCOMMS_IOC_MAGIC	0xe7
+
+/**
+ * struct kucomms_setup - KUCOMMS_IOC_SETUP: make a channel of an open file
+ * @version: in: KUCOMMS_ABI_VERSION; out: the module's, also with an error
+ * @hello_length: in: bytes of @hello; out: the same of the endpoint's
+ * @features: in: all that the user knows; out: those in force
+ * @ring_size: in: bytes of each ring, 0 for the endpoint's choice; out: what it
+ *	       is, a power of two, at most the endpoint's limit
+ * @page_size: out
+ * @side_size: out: bytes of each side
+ * @side_offset: out: where to mmap() side 0 and side 1
+ * @hello: in: the user's greeting; out: the endpoint's
+ * @reserved: zero
+ *
+ * ENOTCONN no endpoint is registered (yet), EPROTONOSUPPORT unknown version or
+ * features, EBUSY the endpoint has all the channels that it takes, EALREADY
+ * there is a channel, EINVAL nonsense, ENOMEM; or what the endpoint says.
+ */
+struct kucomms_setup {
+	__u32 version;
+	__u32 hello_length;
+	__u64 features;
+	__u64 ring_size;
+	__u64 page_size;
+	__u64 side_size;
+	__u64 side_offset[2];
+	__u8 hello[KUCOMMS_HELLO_MAX];
+	__u64 reserved[8];
+};
+
+#define KUCOMMS_WAIT_DATA	0x1
+#define KUCOMMS_WAIT_SPACE	0x2
+
+/**
+ * struct kucomms_wait - KUCOMMS_IOC_WAIT: sleep until the kernel has rung
+ * @events: in: KUCOMMS_WAIT_*, not zero; out: those that have come
+ * @reserved: zero
+ * @timeout_ns: -1 for ever
+ *
+ * To be called after parking for what is waited for. ETIMEDOUT; EAGAIN with
+ * O_NONBLOCK, when nothing has come; ESHUTDOWN the kernel's end is closed,
+ * EPROTO it was because the user broke the rules; EINTR.
+ */
+struct kucomms_wait {
+	__u32 events;
+	__u32 reserved;
+	__s64 timeout_ns;
+};
+
+#define KUCOMMS_IOC_SETUP	_IOWR(KUCOMMS_IOC_MAGIC, 0, struct kucomms_setup)
+/* Ring the kernel's doorbell. ENOTCONN before the set-up, ESHUTDOWN, EPROTO. */
+#define KUCOMMS_IOC_KICK	_IO(KUCOMMS_IOC_MAGIC, 1)
+#define KUCOMMS_IOC_WAIT	_IOWR(KUCOMMS_IOC_MAGIC, 2, struct kucomms_wait)
 
 #endif /* _UAPI_LINUX_KUCOMMS_H */

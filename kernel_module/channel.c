@@ -1,0 +1,771 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* A channel: its memory, its rings, and sending. Receiving is in runner.c. */
+
+#include <linux/bitmap.h>
+#include <linux/hardirq.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/rcupdate.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/vmalloc.h>
+
+#include "internal.h"
+
+#define CREATE_TRACE_POINTS
+#include "trace.h"
+
+/* ---- memory -------------------------------------------------------------- */
+
+static void free_pages_of(struct kucomms_channel *channel)
+{
+	unsigned long i;
+
+	for (i = 0; i < 2 * channel->side_pages && channel->pages[i]; i++) {
+		put_page(channel->pages[i]);
+		atomic_long_dec(&kucomms_alive.pages);
+	}
+	kvfree(channel->pages);
+}
+
+static int alloc_pages_of(struct kucomms_channel *channel)
+{
+	unsigned long count = 2 * channel->side_pages, i;
+
+	channel->pages = kvcalloc(count, sizeof(*channel->pages),
+				  GFP_KERNEL_ACCOUNT);
+	if (!channel->pages)
+		return -ENOMEM;
+	for (i = 0; i < count; i++) {
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		/* Charged to the user: its own memory limit stops it. */
+		channel->pages[i] = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO |
+					       __GFP_NOWARN);
+		if (!channel->pages[i])
+			return -ENOMEM;
+		atomic_long_inc(&kucomms_alive.pages);
+		cond_resched();
+	}
+	return 0;
+}
+
+/* Map one side for us, the data twice in a row. */
+static void *map_side(struct page **pages, unsigned long count, pgprot_t prot)
+{
+	unsigned long data = count - KUCOMMS_CONTROL_PAGES;
+	struct page **list;
+	void *at;
+
+	list = kvmalloc_array(count + data, sizeof(*list), GFP_KERNEL);
+	if (!list)
+		return NULL;
+	memcpy(list, pages, count * sizeof(*list));
+	memcpy(list + count, pages + KUCOMMS_CONTROL_PAGES,
+	       data * sizeof(*list));
+	at = vmap(list, count + data, VM_MAP, prot);
+	kvfree(list);
+	return at;
+}
+
+static void fill_geometry(struct kucomms_geometry *geometry, u64 ring_size)
+{
+	geometry->magic = KUCOMMS_MAGIC;
+	geometry->version = KUCOMMS_ABI_VERSION;
+	geometry->side = 0;
+	geometry->features = KUCOMMS_FEATURES;
+	geometry->page_size = PAGE_SIZE;
+	geometry->ring_size = ring_size;
+	geometry->producer_offset = PAGE_SIZE;
+	geometry->consumer_offset = 2 * PAGE_SIZE;
+	geometry->data_offset = KUCOMMS_CONTROL_PAGES * PAGE_SIZE;
+	geometry->frame_size = KUCOMMS_HEADER_SIZE;
+}
+
+static void channel_free(struct kucomms_channel *channel)
+{
+	vunmap(channel->at[0]);
+	vunmap(channel->at[1]);
+	if (channel->pages)
+		free_pages_of(channel);
+	kfree(channel);
+	atomic_dec(&kucomms_alive.channels);
+}
+
+static void channel_release_work(struct work_struct *work)
+{
+	struct kucomms_channel *channel =
+		container_of(work, struct kucomms_channel, release);
+
+	irq_work_sync(&channel->signal);
+	channel_free(channel);
+}
+
+static void signal_work(struct irq_work *work);
+
+/**
+ * kucomms_channel_new - a channel with its memory, charged to the caller
+ * @ring_size: of each ring, a power of two, at least a page
+ *
+ * Return: the channel, with one reference, or an error pointer.
+ */
+struct kucomms_channel *kucomms_channel_new(u64 ring_size)
+{
+	struct kucomms_channel *channel;
+	void *own, *peer;
+	int err;
+
+	channel = kzalloc(sizeof(*channel), GFP_KERNEL_ACCOUNT);
+	if (!channel)
+		return ERR_PTR(-ENOMEM);
+	atomic_inc(&kucomms_alive.channels);
+	kref_init(&channel->ref);
+	raw_spin_lock_init(&channel->tx_lock);
+	raw_spin_lock_init(&channel->runner_lock);
+	INIT_LIST_HEAD(&channel->ready);
+	INIT_LIST_HEAD(&channel->attached);
+	init_completion(&channel->opened);
+	init_waitqueue_head(&channel->wait);
+	init_irq_work(&channel->signal, signal_work);
+	INIT_WORK(&channel->release, channel_release_work);
+	channel->ring_size = ring_size;
+	channel->side_pages = KUCOMMS_CONTROL_PAGES + (ring_size >> PAGE_SHIFT);
+
+	err = alloc_pages_of(channel);
+	if (err)
+		goto err_free;
+	err = -ENOMEM;
+	own = map_side(channel->pages, channel->side_pages, PAGE_KERNEL);
+	if (!own)
+		goto err_free;
+	channel->at[0] = own;
+	/* What the user owns we only ever read. */
+	peer = map_side(channel->pages + channel->side_pages,
+			channel->side_pages, PAGE_KERNEL_RO);
+	if (!peer)
+		goto err_free;
+	channel->at[1] = peer;
+
+	fill_geometry(own, ring_size);
+	kucomms_ring_producer_init(&channel->tx, own + PAGE_SIZE,
+				   peer + 2 * PAGE_SIZE,
+				   own + KUCOMMS_CONTROL_PAGES * PAGE_SIZE,
+				   ring_size);
+	kucomms_ring_consumer_init(&channel->rx, own + 2 * PAGE_SIZE,
+				   peer + PAGE_SIZE,
+				   peer + KUCOMMS_CONTROL_PAGES * PAGE_SIZE,
+				   ring_size);
+	channel->tx_open = true;
+	return channel;
+
+err_free:
+	channel_free(channel);
+	return ERR_PTR(err);
+}
+
+static void channel_last_put(struct kref *ref)
+{
+	struct kucomms_channel *channel =
+		container_of(ref, struct kucomms_channel, ref);
+
+	/* The last reference may go in any context, unmapping may not. */
+	queue_work(kucomms_workqueue, &channel->release);
+}
+
+/**
+ * kucomms_channel_get - keep a channel beyond its close callback
+ * @channel: the channel
+ *
+ * Any context. Return: @channel.
+ */
+struct kucomms_channel *kucomms_channel_get(struct kucomms_channel *channel)
+{
+	kref_get(&channel->ref);
+	return channel;
+}
+EXPORT_SYMBOL_GPL(kucomms_channel_get);
+
+/**
+ * kucomms_channel_put - the opposite of kucomms_channel_get()
+ * @channel: the channel
+ *
+ * Any context but NMI.
+ */
+void kucomms_channel_put(struct kucomms_channel *channel)
+{
+	kref_put(&channel->ref, channel_last_put);
+}
+EXPORT_SYMBOL_GPL(kucomms_channel_put);
+
+/* ---- mapping into user space --------------------------------------------- */
+
+static void channel_vm_open(struct vm_area_struct *vma)
+{
+	struct kucomms_channel *channel = vma->vm_private_data;
+
+	atomic_inc(&channel->mappings);
+}
+
+static void channel_vm_close(struct vm_area_struct *vma)
+{
+	struct kucomms_channel *channel = vma->vm_private_data;
+
+	if (atomic_dec_and_test(&channel->mappings))
+		kucomms_channel_user_gone(channel);
+}
+
+static const struct vm_operations_struct channel_vm_ops = {
+	.open = channel_vm_open,
+	.close = channel_vm_close,
+};
+
+static void change_vm_flags(struct vm_area_struct *vma, vm_flags_t set,
+			    vm_flags_t clear)
+{
+#ifdef KUCOMMS_HAS_VM_FLAGS_SET
+	vm_flags_set(vma, set);
+	vm_flags_clear(vma, clear);
+#else
+	vma->vm_flags = (vma->vm_flags | set) & ~clear;
+#endif
+}
+
+/**
+ * kucomms_channel_mmap - map a part of one side
+ * @channel: the channel
+ * @vma: where, and which pages
+ *
+ * The file that is mapped holds the channel, so the pages live as long as the
+ * mapping, whatever becomes of the endpoint.
+ *
+ * Return: 0, -EINVAL, -EACCES, -ESHUTDOWN, -ENOMEM.
+ */
+int kucomms_channel_mmap(struct kucomms_channel *channel,
+			 struct vm_area_struct *vma)
+{
+	unsigned long first = vma->vm_pgoff, count = vma_pages(vma);
+	unsigned long sides = 2 * channel->side_pages;
+	vm_flags_t never = VM_MAYEXEC;
+	int err;
+
+	if (!(vma->vm_flags & VM_SHARED) || first >= sides ||
+	    count > sides - first)
+		return -EINVAL;
+	if (vma->vm_flags & VM_EXEC)
+		return -EACCES;
+	if (first < channel->side_pages) {
+		if (count > channel->side_pages - first)
+			return -EINVAL;
+		if (vma->vm_flags & VM_WRITE)
+			return -EACCES;
+		never |= VM_MAYWRITE;
+	}
+	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
+		return -ESHUTDOWN;
+	change_vm_flags(vma, VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP, never);
+	err = vm_insert_pages(vma, vma->vm_start, channel->pages + first,
+			      &count);
+	if (err)
+		return err;
+	vma->vm_private_data = channel;
+	vma->vm_ops = &channel_vm_ops;
+	channel_vm_open(vma);
+	return 0;
+}
+
+/* The last descriptor or mapping went: what it sent is still delivered. */
+void kucomms_channel_user_gone(struct kucomms_channel *channel)
+{
+	set_bit(KUCOMMS_USER_GONE, &channel->state);
+	kucomms_channel_kick(channel);
+}
+
+/* ---- waking -------------------------------------------------------------- */
+
+static void signal_now(struct kucomms_channel *channel)
+{
+	__poll_t events = EPOLLIN | EPOLLRDNORM | EPOLLOUT | EPOLLWRNORM;
+
+	if (test_bit(KUCOMMS_HUNG_UP, &channel->state))
+		events |= EPOLLHUP;
+	wake_up_poll(&channel->wait, events);
+	if (test_and_clear_bit(KUCOMMS_KICK, &channel->state))
+		kucomms_channel_kick(channel);
+}
+
+static void signal_work(struct irq_work *work)
+{
+	signal_now(container_of(work, struct kucomms_channel, signal));
+}
+
+/* Wake the user, and with KUCOMMS_KICK the runner. Any context but NMI. */
+void kucomms_channel_signal(struct kucomms_channel *channel)
+{
+	/* Who holds a lock of the scheduler cannot wake anybody. */
+	if (in_interrupt() || irqs_disabled())
+		irq_work_queue(&channel->signal);
+	else
+		signal_now(channel);
+}
+
+/* Ring the user's doorbell. */
+static void ring_user(struct kucomms_channel *channel)
+{
+	atomic64_inc(&channel->doorbells_rung);
+	trace_kucomms_wake(channel->serial);
+	kucomms_channel_signal(channel);
+}
+
+/* What poll() tells; see the ABI header. */
+__poll_t kucomms_channel_events(struct kucomms_channel *channel)
+{
+	__poll_t events = 0;
+	u64 parked;
+
+	if (test_bit(KUCOMMS_HUNG_UP, &channel->state)) {
+		events = EPOLLHUP | EPOLLIN | EPOLLRDNORM;
+		if (test_bit(KUCOMMS_BROKEN, &channel->state))
+			events |= EPOLLERR;
+		return events;
+	}
+	parked = READ_ONCE(channel->tx.peer->parked);
+	if (parked && parked == READ_ONCE(channel->tx.rung))
+		events |= EPOLLIN | EPOLLRDNORM;
+	parked = READ_ONCE(channel->rx.peer->parked);
+	if (parked && parked == READ_ONCE(channel->rx.rung))
+		events |= EPOLLOUT | EPOLLWRNORM;
+	return events;
+}
+
+/* The user broke the rules: the runner shuts this channel, and nothing else. */
+void kucomms_channel_broken(struct kucomms_channel *channel)
+{
+	if (test_and_set_bit(KUCOMMS_BROKEN, &channel->state))
+		return;
+	atomic64_inc(&kucomms_alive.protocol_errors);
+	trace_kucomms_protocol_error(channel->serial);
+	set_bit(KUCOMMS_KICK, &channel->state);
+	kucomms_channel_signal(channel);
+}
+
+/* ---- sending ------------------------------------------------------------- */
+
+static int why_closed(struct kucomms_channel *channel)
+{
+	return test_bit(KUCOMMS_BROKEN, &channel->state) ? -EPROTO : -ESHUTDOWN;
+}
+
+/* Take room for a message. The caller is the only one to send, or has the lock. */
+static int reserve(struct kucomms_channel *channel, u32 length, u32 flags,
+		   struct kucomms_frame **frame)
+{
+	int err;
+
+	if (!channel->tx_open ||
+	    test_bit(KUCOMMS_USER_GONE, &channel->state))
+		return why_closed(channel);
+	do {
+		err = kucomms_ring_reserve(&channel->tx, length, flags, frame);
+		/* Ask for the doorbell: with it the work callback is called. */
+	} while (err == -EAGAIN &&
+		 kucomms_ring_park_for_space(&channel->tx,
+					     kucomms_frame_span(length)));
+	if (!err) {
+		channel->messages_sent++;
+		channel->bytes_sent += length;
+	} else if (err == -EAGAIN) {
+		channel->full++;
+	}
+	return err;
+}
+
+static int reserve_locked(struct kucomms_channel *channel, u32 length,
+			  u32 flags, struct kucomms_frame **frame)
+{
+	unsigned long irq;
+	int err;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	err = reserve(channel, length, flags, frame);
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	return err;
+}
+
+/* After a reserve, and the commit if it was one. */
+static int sent(struct kucomms_channel *channel, int err)
+{
+	if (err == -EPROTO)
+		kucomms_channel_broken(channel);
+	else if ((!err || err == -EAGAIN) &&
+		 kucomms_ring_wake_consumer(&channel->tx))
+		ring_user(channel);
+	return err;
+}
+
+static void fill(struct kucomms_frame *frame,
+		 const struct kucomms_message *message, u32 flags)
+{
+	frame->type = message->type;
+	frame->id = message->id;
+	frame->user_value = message->user_value;
+	memcpy(frame + 1, message->data, message->length);
+	kucomms_ring_commit(frame, message->length, flags);
+}
+
+static int send_message(struct kucomms_channel *channel,
+			const struct kucomms_message *message, u32 flags,
+			bool locked)
+{
+	struct kucomms_frame *frame;
+	int err;
+
+	/*
+	 * Pairs with synchronize_rcu_expedited() in hang_up(): what was reserved
+	 * before is committed before the user sees the end.
+	 */
+	rcu_read_lock();
+	if (locked)
+		err = reserve_locked(channel, message->length, flags, &frame);
+	else
+		err = reserve(channel, message->length, flags, &frame);
+	if (!err)
+		fill(frame, message, flags);
+	rcu_read_unlock();
+	trace_kucomms_send(channel->serial, message->type, message->id,
+			   message->length, err);
+	return sent(channel, err);
+}
+
+/**
+ * kucomms_send - send a message
+ * @channel: to whom
+ * @message: what; copied. Of its flags only KUCOMMS_FLAG_REPLY counts
+ *
+ * Any context but NMI; may be mixed freely with every other way to send but
+ * kucomms_send_unlocked().
+ *
+ * Return: 0, -EAGAIN when the ring is full (the work callback is called when
+ * there is room again), -EMSGSIZE when it can never fit, -ESHUTDOWN when the
+ * channel is closed, -EPROTO when the user broke the rules.
+ */
+int kucomms_send(struct kucomms_channel *channel,
+		 const struct kucomms_message *message)
+{
+	return send_message(channel, message,
+			    message->flags & KUCOMMS_FLAG_REPLY, true);
+}
+EXPORT_SYMBOL_GPL(kucomms_send);
+
+/**
+ * kucomms_send_unlocked - send a message, as the only sender of the channel
+ * @channel: to whom
+ * @message: as for kucomms_send()
+ *
+ * Nobody else may send on this channel at the same time: usually its callbacks
+ * alone do. Context and return as kucomms_send().
+ */
+int kucomms_send_unlocked(struct kucomms_channel *channel,
+			  const struct kucomms_message *message)
+{
+	return send_message(channel, message,
+			    message->flags & KUCOMMS_FLAG_REPLY, false);
+}
+EXPORT_SYMBOL_GPL(kucomms_send_unlocked);
+
+/**
+ * kucomms_reply - answer a request
+ * @channel: where it came from
+ * @request: the message that the user sent; its type and id are the reply's
+ * @data: of the reply
+ * @length: of @data
+ *
+ * Context and return as kucomms_send().
+ */
+int kucomms_reply(struct kucomms_channel *channel,
+		  const struct kucomms_message *request,
+		  const void *data, u32 length)
+{
+	struct kucomms_message reply = {
+		.type = request->type,
+		.id = request->id,
+		.length = length,
+		.data = (void *)data,
+	};
+
+	return send_message(channel, &reply, KUCOMMS_FLAG_REPLY, true);
+}
+EXPORT_SYMBOL_GPL(kucomms_reply);
+
+/**
+ * kucomms_reserve - begin a message that is written in place
+ * @channel: to whom
+ * @length: of its data
+ *
+ * The message is to be filled in and given to kucomms_commit() or
+ * kucomms_discard(), in any order with others; up to 64 may be out. Its length
+ * is fixed. The user sees nothing that comes after it before that.
+ *
+ * Any context but NMI. Return: the message, or an error pointer: as
+ * kucomms_send(), and -ENOBUFS when too many are out.
+ */
+struct kucomms_message *kucomms_reserve(struct kucomms_channel *channel,
+					u32 length)
+{
+	struct kucomms_frame *frame;
+	struct kucomms_loan *loan = NULL;
+	unsigned long irq, slot;
+	int err = -ENOBUFS;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	slot = find_first_zero_bit(channel->loans_out, KUCOMMS_LOAN_LIMIT);
+	if (slot < KUCOMMS_LOAN_LIMIT) {
+		err = reserve(channel, length, 0, &frame);
+		if (!err) {
+			__set_bit(slot, channel->loans_out);
+			loan = &channel->loans[slot];
+		}
+	}
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	if (!loan) {
+		sent(channel, err);
+		return ERR_PTR(err);
+	}
+	loan->frame = frame;
+	loan->length = length;
+	loan->message = (struct kucomms_message) {
+		.length = length,
+		.data = frame + 1,
+	};
+	return &loan->message;
+}
+EXPORT_SYMBOL_GPL(kucomms_reserve);
+
+static void end_loan(struct kucomms_channel *channel,
+		     struct kucomms_loan *loan, bool dropped)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	__clear_bit(loan - channel->loans, channel->loans_out);
+	if (dropped) {
+		channel->messages_sent--;
+		channel->bytes_sent -= loan->length;
+	}
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	sent(channel, 0);
+}
+
+/**
+ * kucomms_commit - send a message that was written in place
+ * @channel: to whom
+ * @message: from kucomms_reserve(); not to be used any more
+ *
+ * Any context but NMI.
+ */
+void kucomms_commit(struct kucomms_channel *channel,
+		    struct kucomms_message *message)
+{
+	struct kucomms_loan *loan =
+		container_of(message, struct kucomms_loan, message);
+
+	loan->frame->type = message->type;
+	loan->frame->id = message->id;
+	loan->frame->user_value = message->user_value;
+	trace_kucomms_send(channel->serial, message->type, message->id,
+			   loan->length, 0);
+	kucomms_ring_commit(loan->frame, loan->length,
+			    message->flags & KUCOMMS_FLAG_REPLY);
+	end_loan(channel, loan, false);
+}
+EXPORT_SYMBOL_GPL(kucomms_commit);
+
+/**
+ * kucomms_discard - drop a message that was to be written in place
+ * @channel: to whom
+ * @message: from kucomms_reserve(); not to be used any more
+ *
+ * Any context but NMI.
+ */
+void kucomms_discard(struct kucomms_channel *channel,
+		     struct kucomms_message *message)
+{
+	struct kucomms_loan *loan =
+		container_of(message, struct kucomms_loan, message);
+
+	kucomms_ring_discard(loan->frame, loan->length);
+	end_loan(channel, loan, true);
+}
+EXPORT_SYMBOL_GPL(kucomms_discard);
+
+/* No more sends; those under way are committed after an RCU grace period. */
+void kucomms_channel_stop_sending(struct kucomms_channel *channel)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	channel->tx_open = false;
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+}
+
+/*
+ * Somebody has met a full ring: is there room now? If not, go on asking for the
+ * doorbell.
+ */
+bool kucomms_channel_room(struct kucomms_channel *channel)
+{
+	unsigned long irq;
+	bool room = false;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	if (channel->tx.wanted && channel->tx_open)
+		room = kucomms_ring_park_for_space(&channel->tx,
+						   channel->tx.wanted);
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	return room;
+}
+
+/* ---- what modules ask ---------------------------------------------------- */
+
+/**
+ * kucomms_tx_avail - bytes that were sent and the user has not released yet
+ * @channel: the channel
+ *
+ * Any context but NMI. Headers are included, as in the three that follow.
+ */
+u64 kucomms_tx_avail(struct kucomms_channel *channel)
+{
+	unsigned long irq;
+	u64 waiting;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	kucomms_ring_refresh_consumed(&channel->tx);
+	waiting = channel->tx.position - channel->tx.consumed;
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	return waiting;
+}
+EXPORT_SYMBOL_GPL(kucomms_tx_avail);
+
+/**
+ * kucomms_tx_free - bytes that can be sent now
+ * @channel: the channel
+ */
+u64 kucomms_tx_free(struct kucomms_channel *channel)
+{
+	return channel->ring_size - kucomms_tx_avail(channel);
+}
+EXPORT_SYMBOL_GPL(kucomms_tx_free);
+
+/**
+ * kucomms_rx_avail - bytes that the user has sent and no callback has seen yet
+ * @channel: the channel
+ */
+u64 kucomms_rx_avail(struct kucomms_channel *channel)
+{
+	u64 waiting = READ_ONCE(channel->rx.peer->position) -
+		      READ_ONCE(channel->rx.position);
+
+	/* The user may write any number there. */
+	return min(waiting, channel->ring_size);
+}
+EXPORT_SYMBOL_GPL(kucomms_rx_avail);
+
+/**
+ * kucomms_rx_free - bytes that the user can send before the ring is full
+ * @channel: the channel
+ */
+u64 kucomms_rx_free(struct kucomms_channel *channel)
+{
+	return channel->ring_size - kucomms_rx_avail(channel);
+}
+EXPORT_SYMBOL_GPL(kucomms_rx_free);
+
+/**
+ * kucomms_channel_endpoint - whose channel it is
+ * @channel: the channel, before its close callback has returned
+ */
+struct kucomms_endpoint *
+kucomms_channel_endpoint(struct kucomms_channel *channel)
+{
+	return channel->endpoint;
+}
+EXPORT_SYMBOL_GPL(kucomms_channel_endpoint);
+
+/**
+ * kucomms_channel_priv - what the module has put there
+ * @channel: the channel
+ */
+void *kucomms_channel_priv(struct kucomms_channel *channel)
+{
+	return channel->priv;
+}
+EXPORT_SYMBOL_GPL(kucomms_channel_priv);
+
+/**
+ * kucomms_channel_set_priv - put something there
+ * @channel: the channel
+ * @priv: whatever the module likes; NULL at first
+ */
+void kucomms_channel_set_priv(struct kucomms_channel *channel, void *priv)
+{
+	channel->priv = priv;
+}
+EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
+
+/**
+ * kucomms_retry - leave this message where it is, for later
+ * @channel: the channel
+ *
+ * To be called from the message callback, which then gets the same message
+ * again: as soon as there is room after a send to this channel has met -EAGAIN,
+ * or after kucomms_resume(). No other message of the channel comes meanwhile,
+ * and when its ring is full, the user waits.
+ */
+void kucomms_retry(struct kucomms_channel *channel)
+{
+	set_bit(KUCOMMS_PAUSED, &channel->state);
+	set_bit(KUCOMMS_RETRY, &channel->state);
+}
+EXPORT_SYMBOL_GPL(kucomms_retry);
+
+/**
+ * kucomms_pause - no message callbacks for this channel until kucomms_resume()
+ * @channel: the channel
+ *
+ * Its messages stay in the ring, and when that is full, the user waits. To be
+ * called from a callback of the endpoint.
+ */
+void kucomms_pause(struct kucomms_channel *channel)
+{
+	set_bit(KUCOMMS_PAUSED, &channel->state);
+}
+EXPORT_SYMBOL_GPL(kucomms_pause);
+
+/**
+ * kucomms_resume - the opposite of kucomms_pause()
+ * @channel: the channel
+ *
+ * Any context but NMI.
+ */
+void kucomms_resume(struct kucomms_channel *channel)
+{
+	clear_bit(KUCOMMS_RETRY, &channel->state);
+	clear_bit(KUCOMMS_PAUSED, &channel->state);
+	set_bit(KUCOMMS_KICK, &channel->state);
+	kucomms_channel_signal(channel);
+}
+EXPORT_SYMBOL_GPL(kucomms_resume);
+
+/**
+ * kucomms_close - close a channel in order
+ * @channel: the channel
+ *
+ * The user receives what was sent before, then the end. The close callback
+ * comes soon, in its thread. Any context but NMI.
+ */
+void kucomms_close(struct kucomms_channel *channel)
+{
+	set_bit(KUCOMMS_CLOSE_WANTED, &channel->state);
+	set_bit(KUCOMMS_KICK, &channel->state);
+	kucomms_channel_signal(channel);
+}
+EXPORT_SYMBOL_GPL(kucomms_close);

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Counters, in /sys/kernel/debug/kucomms: alive, what of each kind there is now,
+ * and for each channel a file DEVICE.NUMBER.
+ */
+
+#include <linux/debugfs.h>
+#include <linux/module.h>
+#include <linux/seq_file.h>
+#include <linux/user_namespace.h>
+
+#include "internal.h"
+
+static struct dentry *root;
+
+static int alive_show(struct seq_file *file, void *unused)
+{
+	seq_printf(file, "devices %d\n", atomic_read(&kucomms_alive.devices));
+	seq_printf(file, "endpoints %d\n",
+		   atomic_read(&kucomms_alive.endpoints));
+	seq_printf(file, "runners %d\n", atomic_read(&kucomms_alive.runners));
+	seq_printf(file, "channels %d\n",
+		   atomic_read(&kucomms_alive.channels));
+	seq_printf(file, "pages %ld\n",
+		   atomic_long_read(&kucomms_alive.pages));
+	seq_printf(file, "protocol_errors %lld\n",
+		   atomic64_read(&kucomms_alive.protocol_errors));
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(alive);
+
+static int channel_show(struct seq_file *file, void *unused)
+{
+	struct kucomms_channel *channel = file->private;
+
+	seq_printf(file, "pid %d\n", channel->pid);
+	seq_printf(file, "uid %u\n",
+		   from_kuid_munged(&init_user_ns, channel->uid));
+	seq_printf(file, "ring_size %llu\n", channel->ring_size);
+	seq_printf(file, "messages_sent %llu\n",
+		   READ_ONCE(channel->messages_sent));
+	seq_printf(file, "bytes_sent %llu\n", READ_ONCE(channel->bytes_sent));
+	seq_printf(file, "messages_received %llu\n",
+		   READ_ONCE(channel->messages_received));
+	seq_printf(file, "bytes_received %llu\n",
+		   READ_ONCE(channel->bytes_received));
+	seq_printf(file, "full %llu\n", READ_ONCE(channel->full));
+	seq_printf(file, "doorbells_rung %lld\n",
+		   atomic64_read(&channel->doorbells_rung));
+	seq_printf(file, "doorbells_heard %lld\n",
+		   atomic64_read(&channel->doorbells_heard));
+	seq_printf(file, "tx_high_water %llu\n",
+		   READ_ONCE(channel->tx.high_water));
+	seq_printf(file, "rx_high_water %llu\n",
+		   READ_ONCE(channel->rx.high_water));
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(channel);
+
+void kucomms_debugfs_add(struct kucomms_channel *channel, const char *name)
+{
+	char file[KUCOMMS_DEVICE_NAME_MAX + 24];
+
+	snprintf(file, sizeof(file), "%s.%llu", name, channel->serial);
+	channel->debugfs = debugfs_create_file(file, 0400, root, channel,
+					       &channel_fops);
+}
+
+/* Waits for who reads it. */
+void kucomms_debugfs_remove(struct kucomms_channel *channel)
+{
+	debugfs_remove(channel->debugfs);
+}
+
+void kucomms_debugfs_init(void)
+{
+	root = debugfs_create_dir("kucomms", NULL);
+	debugfs_create_file("alive", 0400, root, NULL, &alive_fops);
+}
+
+void kucomms_debugfs_exit(void)
+{
+	debugfs_remove_recursive(root);
+}

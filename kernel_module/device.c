@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* The open file of /dev/kucomms_NAME. */
+
+#include <linux/compat.h>
+#include <linux/cred.h>
+#include <linux/fs.h>
+#include <linux/log2.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+
+#include "internal.h"
+
+/**
+ * struct kucomms_file - an open file
+ * @device: which device
+ * @lock: for setting up
+ * @channel: once it is set up; does not change after that
+ */
+struct kucomms_file {
+	struct kucomms_device *device;
+	struct mutex lock;
+	struct kucomms_channel *channel;
+};
+
+static struct kucomms_channel *channel_of(struct file *file)
+{
+	struct kucomms_file *kfile = file->private_data;
+
+	/* pairs with smp_store_release() in set_up() */
+	return smp_load_acquire(&kfile->channel);
+}
+
+static int device_open(struct inode *inode, struct file *file)
+{
+	struct kucomms_device *device;
+	struct kucomms_file *kfile;
+
+	kfile = kzalloc(sizeof(*kfile), GFP_KERNEL_ACCOUNT);
+	if (!kfile)
+		return -ENOMEM;
+	mutex_init(&kfile->lock);
+	mutex_lock(&kucomms_lock);
+	device = kucomms_device_by_minor(iminor(inode));
+	if (device)
+		device->opens++;
+	mutex_unlock(&kucomms_lock);
+	if (!device) {
+		kfree(kfile);
+		return -ENXIO;
+	}
+	kfile->device = device;
+	file->private_data = kfile;
+	return nonseekable_open(inode, file);
+}
+
+static int device_release(struct inode *inode, struct file *file)
+{
+	struct kucomms_file *kfile = file->private_data;
+
+	if (kfile->channel) {
+		kucomms_channel_user_gone(kfile->channel);
+		kucomms_channel_put(kfile->channel);
+	}
+	mutex_lock(&kucomms_lock);
+	kfile->device->opens--;
+	mutex_unlock(&kucomms_lock);
+	kfree(kfile);
+	return 0;
+}
+
+/* ---- setting up ---------------------------------------------------------- */
+
+static int check_setup(const struct kucomms_setup *setup)
+{
+	if (setup->version != KUCOMMS_ABI_VERSION ||
+	    setup->features & ~KUCOMMS_FEATURES)
+		return -EPROTONOSUPPORT;
+	if (setup->hello_length > KUCOMMS_HELLO_MAX || setup->page_size ||
+	    setup->side_size || setup->side_offset[0] ||
+	    setup->side_offset[1] ||
+	    memchr_inv(setup->reserved, 0, sizeof(setup->reserved)))
+		return -EINVAL;
+	return 0;
+}
+
+static void answer_setup(struct kucomms_setup *setup,
+			 const struct kucomms_channel *channel,
+			 const struct kucomms_endpoint_options *options)
+{
+	u64 side_size = (u64)channel->side_pages << PAGE_SHIFT;
+
+	memset(setup, 0, sizeof(*setup));
+	setup->version = KUCOMMS_ABI_VERSION;
+	setup->features = KUCOMMS_FEATURES;
+	setup->ring_size = channel->ring_size;
+	setup->page_size = PAGE_SIZE;
+	setup->side_size = side_size;
+	setup->side_offset[1] = side_size;
+	setup->hello_length = options->hello_length;
+	memcpy(setup->hello, options->hello, options->hello_length);
+}
+
+/* The ring that the endpoint gives to who asks for @asked bytes; -ENOTCONN. */
+static int agree_on_ring_size(struct kucomms_device *device, u64 asked,
+			      u64 *ring_size)
+{
+	struct kucomms_endpoint *endpoint;
+	int err = -ENOTCONN;
+
+	mutex_lock(&kucomms_lock);
+	endpoint = device->endpoint;
+	if (endpoint) {
+		u64 limit = endpoint->options.max_ring_size;
+
+		if (!asked)
+			asked = endpoint->options.ring_size;
+		*ring_size = roundup_pow_of_two(clamp_t(u64, asked, PAGE_SIZE,
+							limit));
+		err = 0;
+	}
+	mutex_unlock(&kucomms_lock);
+	return err;
+}
+
+static int set_up(struct kucomms_file *kfile, struct kucomms_setup *setup)
+{
+	struct kucomms_endpoint_options options;
+	struct kucomms_endpoint *endpoint;
+	struct kucomms_channel *channel;
+	u8 hello[KUCOMMS_HELLO_MAX];
+	u64 ring_size;
+	int err;
+
+	err = agree_on_ring_size(kfile->device, setup->ring_size, &ring_size);
+	if (err)
+		return err;
+	channel = kucomms_channel_new(ring_size);
+	if (IS_ERR(channel))
+		return PTR_ERR(channel);
+	channel->pid = task_tgid_nr(current);
+	channel->uid = current_euid();
+	channel->hello_length = setup->hello_length;
+	memcpy(channel->hello, setup->hello, setup->hello_length);
+
+	mutex_lock(&kucomms_lock);
+	endpoint = kfile->device->endpoint;
+	err = -ENOTCONN;
+	if (endpoint) {
+		options = endpoint->options;
+		memcpy(hello, endpoint->hello, sizeof(hello));
+		options.hello = hello;
+		err = kucomms_endpoint_attach(endpoint, channel);
+	}
+	mutex_unlock(&kucomms_lock);
+	if (err)
+		goto err_put;
+	err = wait_for_completion_killable(&channel->opened);
+	if (!err)
+		err = channel->open_result;
+	if (err) {
+		kucomms_channel_user_gone(channel);
+		goto err_put;
+	}
+	answer_setup(setup, channel, &options);
+	/* pairs with smp_load_acquire() in channel_of() */
+	smp_store_release(&kfile->channel, channel);
+	return 0;
+
+err_put:
+	kucomms_channel_put(channel);
+	return err;
+}
+
+static long ioctl_setup(struct kucomms_file *kfile, void __user *argument)
+{
+	struct kucomms_setup setup;
+	int err;
+
+	if (copy_from_user(&setup, argument, sizeof(setup)))
+		return -EFAULT;
+	err = check_setup(&setup);
+	if (err == -EPROTONOSUPPORT) {
+		setup.version = KUCOMMS_ABI_VERSION;
+		setup.features = KUCOMMS_FEATURES;
+		if (copy_to_user(argument, &setup, sizeof(setup)))
+			return -EFAULT;
+	}
+	if (err)
+		return err;
+	/* So that nothing has to be undone if the answer cannot be given. */
+	if (copy_to_user(argument, &setup, sizeof(setup)))
+		return -EFAULT;
+	err = mutex_lock_interruptible(&kfile->lock);
+	if (err)
+		return err;
+	err = kfile->channel ? -EALREADY : set_up(kfile, &setup);
+	mutex_unlock(&kfile->lock);
+	if (!err && copy_to_user(argument, &setup, sizeof(setup)))
+		return -EFAULT;
+	return err;
+}
+
+/* ---- doorbells ----------------------------------------------------------- */
+
+/* Why nothing goes any more, or 0. */
+static int ended(struct kucomms_channel *channel)
+{
+	if (test_bit(KUCOMMS_BROKEN, &channel->state))
+		return -EPROTO;
+	if (test_bit(KUCOMMS_HUNG_UP, &channel->state) ||
+	    test_bit(KUCOMMS_USER_GONE, &channel->state))
+		return -ESHUTDOWN;
+	return 0;
+}
+
+static long ioctl_kick(struct kucomms_channel *channel)
+{
+	int err = ended(channel);
+
+	if (err)
+		return err;
+	atomic64_inc(&channel->doorbells_heard);
+	kucomms_channel_kick(channel);
+	return 0;
+}
+
+static u32 wait_events(struct kucomms_channel *channel, u32 wanted)
+{
+	__poll_t events = kucomms_channel_events(channel);
+	u32 come = 0;
+
+	if (events & EPOLLIN)
+		come |= KUCOMMS_WAIT_DATA;
+	if (events & EPOLLOUT)
+		come |= KUCOMMS_WAIT_SPACE;
+	return come & wanted;
+}
+
+static long ioctl_wait(struct file *file, struct kucomms_channel *channel,
+		       void __user *argument)
+{
+	struct kucomms_wait wait;
+	u32 come;
+	int err;
+
+	if (copy_from_user(&wait, argument, sizeof(wait)))
+		return -EFAULT;
+	if (!wait.events || wait.reserved || wait.timeout_ns < -1 ||
+	    wait.events & ~(KUCOMMS_WAIT_DATA | KUCOMMS_WAIT_SPACE))
+		return -EINVAL;
+	come = wait_events(channel, wait.events);
+	if (!come && !ended(channel)) {
+		if (file->f_flags & O_NONBLOCK)
+			return -EAGAIN;
+		if (wait.timeout_ns < 0)
+			err = wait_event_interruptible(channel->wait,
+				(come = wait_events(channel, wait.events)) ||
+				ended(channel));
+		else
+			err = wait_event_interruptible_hrtimeout(channel->wait,
+				(come = wait_events(channel, wait.events)) ||
+				ended(channel), ns_to_ktime(wait.timeout_ns));
+		if (err)
+			return err == -ETIME ? -ETIMEDOUT : err;
+	}
+	err = ended(channel);
+	if (err)
+		return err;
+	wait.events = come;
+	return copy_to_user(argument, &wait, sizeof(wait)) ? -EFAULT : 0;
+}
+
+static long device_ioctl(struct file *file, unsigned int command,
+			 unsigned long value)
+{
+	struct kucomms_channel *channel = channel_of(file);
+	void __user *argument = (void __user *)value;
+
+	switch (command) {
+	case KUCOMMS_IOC_SETUP:
+		return ioctl_setup(file->private_data, argument);
+	case KUCOMMS_IOC_KICK:
+		return channel ? ioctl_kick(channel) : -ENOTCONN;
+	case KUCOMMS_IOC_WAIT:
+		return channel ? ioctl_wait(file, channel, argument) :
+				 -ENOTCONN;
+	default:
+		return -ENOTTY;
+	}
+}
+
+static __poll_t device_poll(struct file *file, poll_table *table)
+{
+	struct kucomms_channel *channel = channel_of(file);
+	struct kucomms_file *kfile = file->private_data;
+
+	if (channel) {
+		poll_wait(file, &channel->wait, table);
+		return kucomms_channel_events(channel);
+	}
+	poll_wait(file, &kfile->device->wait, table);
+	if (!READ_ONCE(kfile->device->endpoint))
+		return 0;
+	return EPOLLIN | EPOLLRDNORM | EPOLLOUT | EPOLLWRNORM;
+}
+
+static int device_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct kucomms_channel *channel = channel_of(file);
+
+	return channel ? kucomms_channel_mmap(channel, vma) : -ENOTCONN;
+}
+
+const struct file_operations kucomms_fops = {
+	.owner		= THIS_MODULE,
+	.open		= device_open,
+	.release	= device_release,
+	.unlocked_ioctl	= device_ioctl,
+	/* The structures are the same for 32 and 64 bits. */
+	.compat_ioctl	= compat_ptr_ioctl,
+	.poll		= device_poll,
+	.mmap		= device_mmap,
+};

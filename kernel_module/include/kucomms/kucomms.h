@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * kucomms for kernel modules: endpoints that exchange messages with user space.
+ *
+ * A module registers an endpoint under the name of a device. Each process that
+ * connects is a channel. All callbacks of an endpoint run in one kernel thread,
+ * one at a time, and may sleep; so what they share needs no lock.
+ *
+ *	static void my_message(struct kucomms_channel *channel,
+ *			       const struct kucomms_message *message)
+ *	{
+ *		kucomms_reply(channel, message, message->data, message->length);
+ *	}
+ */
+#ifndef _KUCOMMS_H
+#define _KUCOMMS_H
+
+#include <linux/kucomms.h>
+#include <linux/types.h>
+#include <linux/uidgid.h>
+
+struct kucomms_channel;
+struct kucomms_endpoint;
+
+/**
+ * struct kucomms_message - a message
+ * @type: the user's, no value reserved
+ * @id: the user's, no value reserved
+ * @user_value: the user's, no value reserved
+ * @length: of @data
+ * @flags: KUCOMMS_FLAG_REPLY or 0
+ * @data: @length bytes. What arrives is a private copy, aligned to 8 bytes and
+ *	  valid until the callback returns; with KUCOMMS_RX_IN_PLACE it is in
+ *	  the ring, where the user can change it at any time.
+ */
+struct kucomms_message {
+	u64 type;
+	u64 id;
+	u64 user_value;
+	u32 length;
+	u32 flags;
+	void *data;
+};
+
+/**
+ * struct kucomms_peer - who wants a channel
+ * @pid: of the process, in the initial namespace
+ * @uid: its effective user
+ * @hello_length: of @hello
+ * @hello: the greeting that it sent
+ */
+struct kucomms_peer {
+	pid_t pid;
+	kuid_t uid;
+	u32 hello_length;
+	const u8 *hello;
+};
+
+/**
+ * struct kucomms_endpoint_ops - the callbacks of an endpoint
+ * @size: sizeof(struct kucomms_endpoint_ops)
+ * @message: a message has come
+ * @work: 100 times a second for each channel; true: there is more to do, call
+ *	  again at once. Also called when there is room again after a send to
+ *	  this channel met -EAGAIN. Optional.
+ * @timer: once a second for each channel, with ktime_get_ns(). Optional.
+ * @open: a process connects. Return 0, or an errno that it gets. Optional.
+ * @close: the channel is gone; the last callback for it. Optional.
+ *
+ * A tick that comes too late is left out, never made up for. The structure has
+ * to live as long as the endpoint.
+ */
+struct kucomms_endpoint_ops {
+	size_t size;
+	void (*message)(struct kucomms_channel *channel,
+			const struct kucomms_message *message);
+	bool (*work)(struct kucomms_channel *channel);
+	void (*timer)(struct kucomms_channel *channel, u64 now_ns);
+	int (*open)(struct kucomms_channel *channel,
+		    const struct kucomms_peer *peer);
+	void (*close)(struct kucomms_channel *channel);
+};
+
+/* A thread for each channel instead of one for all of an endpoint. */
+#define KUCOMMS_THREAD_PER_CHANNEL	0x1
+/* No copy: message->data is in the ring. Only the header is stable then. */
+#define KUCOMMS_RX_IN_PLACE		0x2
+
+/**
+ * struct kucomms_endpoint_options - what an endpoint may ask for
+ * @size: sizeof(struct kucomms_endpoint_options)
+ * @flags: KUCOMMS_THREAD_PER_CHANNEL, KUCOMMS_RX_IN_PLACE
+ * @max_channels: 0 for no limit
+ * @ring_size: bytes of each ring for who does not ask; 0 for 1 MiB
+ * @max_ring_size: the most that a user can ask for; 0 for 16 MiB
+ * @hello_length: of @hello, at most KUCOMMS_HELLO_MAX
+ * @hello: greeting to who connects
+ */
+struct kucomms_endpoint_options {
+	size_t size;
+	u32 flags;
+	u32 max_channels;
+	u64 ring_size;
+	u64 max_ring_size;
+	u32 hello_length;
+	const u8 *hello;
+};
+
+struct kucomms_endpoint *
+kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
+		 const struct kucomms_endpoint_options *options, void *priv);
+int kucomms_unregister(struct kucomms_endpoint *endpoint);
+int kucomms_wait_open(struct kucomms_endpoint *endpoint, s64 timeout_ns);
+void *kucomms_priv(struct kucomms_endpoint *endpoint);
+
+int kucomms_send(struct kucomms_channel *channel,
+		 const struct kucomms_message *message);
+int kucomms_send_unlocked(struct kucomms_channel *channel,
+			  const struct kucomms_message *message);
+int kucomms_reply(struct kucomms_channel *channel,
+		  const struct kucomms_message *request,
+		  const void *data, u32 length);
+struct kucomms_message *kucomms_reserve(struct kucomms_channel *channel,
+					u32 length);
+void kucomms_commit(struct kucomms_channel *channel,
+		    struct kucomms_message *message);
+void kucomms_discard(struct kucomms_channel *channel,
+		     struct kucomms_message *message);
+
+void kucomms_retry(struct kucomms_channel *channel);
+void kucomms_pause(struct kucomms_channel *channel);
+void kucomms_resume(struct kucomms_channel *channel);
+void kucomms_close(struct kucomms_channel *channel);
+
+u64 kucomms_tx_avail(struct kucomms_channel *channel);
+u64 kucomms_tx_free(struct kucomms_channel *channel);
+u64 kucomms_rx_avail(struct kucomms_channel *channel);
+u64 kucomms_rx_free(struct kucomms_channel *channel);
+
+struct kucomms_endpoint *
+kucomms_channel_endpoint(struct kucomms_channel *channel);
+void *kucomms_channel_priv(struct kucomms_channel *channel);
+void kucomms_channel_set_priv(struct kucomms_channel *channel, void *priv);
+struct kucomms_channel *kucomms_channel_get(struct kucomms_channel *channel);
+void kucomms_channel_put(struct kucomms_channel *channel);
+
+#endif /* _KUCOMMS_H */

@@ -1,0 +1,288 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the files of the module share.
+ *
+ *	main.c		init, sysfs: create_device, remove_device
+ *	device.c	the open file: ioctls, mmap, poll
+ *	channel.c	memory, rings, sending
+ *	runner.c	the thread that calls an endpoint's callbacks
+ *	endpoint.c	register, unregister
+ *	debugfs.c	counters
+ *
+ * Locks, in the order in which they are taken:
+ *
+ *	kucomms_names_lock	creating and removing devices
+ *	kucomms_file.lock	setting up a channel
+ *	kucomms_lock		the lists of devices and endpoints, and which
+ *				endpoint a device has
+ *	kucomms_channel.runner_lock	that its runner exists
+ *	kucomms_runner.lock	its list of channels to look at
+ *
+ * and kucomms_channel.tx_lock, which is a leaf.
+ */
+#ifndef _KUCOMMS_INTERNAL_H
+#define _KUCOMMS_INTERNAL_H
+
+#include <linux/atomic.h>
+#include <linux/completion.h>
+#include <linux/device.h>
+#include <linux/irq_work.h>
+#include <linux/kref.h>
+#include <linux/ktime.h>
+#include <linux/list.h>
+#include <linux/mm_types.h>
+#include <linux/mutex.h>
+#include <linux/poll.h>
+#include <linux/spinlock.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+
+#include <kucomms/kucomms.h>
+#include <kucomms/ring.h>
+
+#define KUCOMMS_PREFIX		"kucomms_"
+#define KUCOMMS_PREFIX_LENGTH	(sizeof(KUCOMMS_PREFIX) - 1)
+#define KUCOMMS_DEVICE_NAME_MAX	(KUCOMMS_PREFIX_LENGTH + KUCOMMS_NAME_MAX)
+#define KUCOMMS_RING_DEFAULT	(1ULL << 20)
+#define KUCOMMS_RING_LIMIT	(16ULL << 20)
+#define KUCOMMS_RING_MAX	(1ULL << 31)
+#define KUCOMMS_LOAN_LIMIT	64
+#define KUCOMMS_BATCH		64	/* messages of a channel in a row */
+
+/**
+ * struct kucomms_device - /dev/kucomms_NAME
+ * @list: in kucomms_devices
+ * @name: with the prefix
+ * @minor: number of the device
+ * @endpoint: who has registered under this name, or NULL
+ * @opens: files that are open
+ * @channels: that are attached
+ * @wait: for an endpoint
+ */
+struct kucomms_device {
+	struct list_head list;
+	char name[KUCOMMS_DEVICE_NAME_MAX + 1];
+	u32 minor;
+	struct kucomms_endpoint *endpoint;
+	unsigned int opens;
+	atomic_t channels;
+	wait_queue_head_t wait;
+};
+
+/**
+ * struct kucomms_endpoint - who has registered
+ * @list: in kucomms_endpoints
+ * @name: of the device that it belongs to, which may not be there yet
+ * @device: when it is there
+ * @ops: the callbacks
+ * @options: with all defaults filled in
+ * @hello: what options.hello points to
+ * @priv: the module's
+ * @shared: the runner of all channels; NULL with one for each
+ * @runners: those of single channels
+ * @channels: that are attached
+ * @opened: of those, for which the open callback has returned
+ * @wait: for the first channel, and for the last runner to go
+ */
+struct kucomms_endpoint {
+	struct list_head list;
+	char name[KUCOMMS_DEVICE_NAME_MAX + 1];
+	struct kucomms_device *device;
+	const struct kucomms_endpoint_ops *ops;
+	struct kucomms_endpoint_options options;
+	u8 hello[KUCOMMS_HELLO_MAX];
+	void *priv;
+	struct kucomms_runner *shared;
+	struct list_head runners;
+	atomic_t channels;
+	atomic_t opened;
+	wait_queue_head_t wait;
+};
+
+/**
+ * struct kucomms_runner - a thread that calls callbacks
+ * @list: in the endpoint's runners
+ * @endpoint: whose callbacks
+ * @task: the thread
+ * @started: it has begun
+ * @lock: of @ready
+ * @ready: channels to look at
+ * @channels: all that are open; the thread's own
+ * @next_work: when the next work tick is due
+ * @next_timer: when the next timer tick is due
+ * @buffer: for the copy of a message
+ * @buffer_size: bytes of @buffer
+ * @shut: shut all channels down
+ * @finished: its single channel is gone
+ * @reap: ends the thread of a single channel
+ */
+struct kucomms_runner {
+	struct list_head list;
+	struct kucomms_endpoint *endpoint;
+	struct task_struct *task;
+	struct completion started;
+	raw_spinlock_t lock;
+	struct list_head ready;
+	struct list_head channels;
+	ktime_t next_work;
+	ktime_t next_timer;
+	void *buffer;
+	size_t buffer_size;
+	bool shut;
+	bool finished;
+	struct work_struct reap;
+};
+
+struct kucomms_loan {
+	struct kucomms_message message;
+	struct kucomms_frame *frame;
+	u32 length;
+};
+
+/* Bits of kucomms_channel.state. */
+enum {
+	KUCOMMS_OPENED,		/* the open callback has said yes */
+	KUCOMMS_USER_GONE,	/* the last descriptor or mapping went */
+	KUCOMMS_CLOSE_WANTED,	/* kucomms_close() was called */
+	KUCOMMS_BROKEN,		/* the user broke the rules */
+	KUCOMMS_PAUSED,		/* no message callbacks now */
+	KUCOMMS_RETRY,		/* the message that was handed out stays */
+	KUCOMMS_WORK_AGAIN,	/* the work callback has more to do */
+	KUCOMMS_KICK,		/* the signal is for the runner, too */
+	KUCOMMS_HUNG_UP,	/* for poll: the end, for good */
+};
+
+/**
+ * struct kucomms_channel - an open file that was set up
+ * @ref: one for the file, one while attached to a runner, the module's
+ * @endpoint: its; valid while attached
+ * @device: its; valid while attached
+ * @priv: the module's
+ * @serial: tells channels of an endpoint apart
+ * @pid: of the process that has made it
+ * @uid: its user
+ * @hello: its greeting
+ * @hello_length: of @hello
+ * @ring_size: of each ring
+ * @side_pages: pages of one side
+ * @pages: those of side 0, then those of side 1
+ * @at: where each side is mapped, its data twice in a row
+ * @tx_lock: of all up to @loans
+ * @tx: the ring to the user
+ * @tx_open: whether anything can be sent
+ * @loans_out: which of @loans are in use
+ * @loans: messages that are written in place
+ * @rx: the ring from the user; the runner's own
+ * @state: KUCOMMS_OPENED ...
+ * @runner_lock: of @runner
+ * @runner: who serves it; NULL when it is over
+ * @ready: in the runner's list
+ * @attached: in the runner's list of all
+ * @opened: the open callback has returned @open_result
+ * @open_result: 0 or -errno
+ * @mappings: of the pages, in user space
+ * @wait: for what poll() tells
+ * @signal: wakes from contexts that must not
+ * @release: frees from contexts that must not
+ * @debugfs: its file there
+ */
+struct kucomms_channel {
+	struct kref ref;
+	struct kucomms_endpoint *endpoint;
+	struct kucomms_device *device;
+	void *priv;
+	u64 serial;
+	pid_t pid;
+	kuid_t uid;
+	u8 hello[KUCOMMS_HELLO_MAX];
+	u32 hello_length;
+
+	u64 ring_size;
+	unsigned long side_pages;
+	struct page **pages;
+	void *at[2];
+
+	raw_spinlock_t tx_lock;
+	struct kucomms_ring_producer tx;
+	bool tx_open;
+	u64 messages_sent;
+	u64 bytes_sent;
+	u64 full;
+	DECLARE_BITMAP(loans_out, KUCOMMS_LOAN_LIMIT);
+	struct kucomms_loan loans[KUCOMMS_LOAN_LIMIT];
+
+	struct kucomms_ring_consumer rx;
+	u64 messages_received;
+	u64 bytes_received;
+	atomic64_t doorbells_rung;
+	atomic64_t doorbells_heard;
+
+	unsigned long state;
+	raw_spinlock_t runner_lock;
+	struct kucomms_runner *runner;
+	struct list_head ready;
+	struct list_head attached;
+	struct completion opened;
+	int open_result;
+
+	atomic_t mappings;
+	wait_queue_head_t wait;
+	struct irq_work signal;
+	struct work_struct release;
+	struct dentry *debugfs;
+};
+
+/* What is alive, so that a test can see that all of it went. */
+struct kucomms_alive {
+	atomic_t devices;
+	atomic_t endpoints;
+	atomic_t runners;
+	atomic_t channels;
+	atomic_long_t pages;
+	atomic64_t protocol_errors;
+};
+
+extern struct kucomms_alive kucomms_alive;
+extern struct workqueue_struct *kucomms_workqueue;
+extern struct mutex kucomms_lock;
+extern struct list_head kucomms_endpoints;
+
+/* main.c */
+int kucomms_check_name(const char *name, size_t length);
+struct kucomms_device *kucomms_find_device(const char *name);
+
+/* device.c */
+extern const struct file_operations kucomms_fops;
+struct kucomms_device *kucomms_device_by_minor(u32 minor);
+
+/* channel.c */
+struct kucomms_channel *kucomms_channel_new(u64 ring_size);
+int kucomms_channel_mmap(struct kucomms_channel *channel,
+			 struct vm_area_struct *vma);
+void kucomms_channel_signal(struct kucomms_channel *channel);
+void kucomms_channel_broken(struct kucomms_channel *channel);
+void kucomms_channel_user_gone(struct kucomms_channel *channel);
+__poll_t kucomms_channel_events(struct kucomms_channel *channel);
+bool kucomms_channel_room(struct kucomms_channel *channel);
+void kucomms_channel_stop_sending(struct kucomms_channel *channel);
+
+/* runner.c */
+struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
+					  bool shared);
+void kucomms_runner_free(struct kucomms_runner *runner);
+void kucomms_runner_attach(struct kucomms_runner *runner,
+			   struct kucomms_channel *channel);
+void kucomms_channel_kick(struct kucomms_channel *channel);
+bool kucomms_runner_is_current(struct kucomms_endpoint *endpoint);
+
+/* endpoint.c */
+int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
+			    struct kucomms_channel *channel);
+
+/* debugfs.c */
+void kucomms_debugfs_init(void);
+void kucomms_debugfs_exit(void);
+void kucomms_debugfs_add(struct kucomms_channel *channel, const char *name);
+void kucomms_debugfs_remove(struct kucomms_channel *channel);
+
+#endif /* _KUCOMMS_INTERNAL_H */

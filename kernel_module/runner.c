@@ -1,0 +1,517 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The thread that calls an endpoint's callbacks: it drains the rings of its
+ * channels, ticks, and sleeps without waking when it has nothing to do.
+ */
+
+#include <linux/hrtimer.h>
+#include <linux/kthread.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/rcupdate.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+
+#include "internal.h"
+#include "trace.h"
+
+#define WORK_PERIOD	(NSEC_PER_SEC / 100)
+#define TIMER_PERIOD	NSEC_PER_SEC
+
+/* ---- who has to be looked at --------------------------------------------- */
+
+/* Put a channel on the list of those to look at. runner_lock is held. */
+static void make_ready(struct kucomms_runner *runner,
+		       struct kucomms_channel *channel)
+{
+	raw_spin_lock(&runner->lock);
+	if (list_empty(&channel->ready))
+		list_add_tail(&channel->ready, &runner->ready);
+	raw_spin_unlock(&runner->lock);
+}
+
+/* Have the runner look at this channel. Wakes, so not under scheduler locks. */
+void kucomms_channel_kick(struct kucomms_channel *channel)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&channel->runner_lock, irq);
+	if (channel->runner) {
+		make_ready(channel->runner, channel);
+		wake_up_process(channel->runner->task);
+	}
+	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+}
+
+/* The first channel to look at, or NULL. */
+static struct kucomms_channel *next_ready(struct kucomms_runner *runner)
+{
+	struct kucomms_channel *channel;
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&runner->lock, irq);
+	channel = list_first_entry_or_null(&runner->ready,
+					   struct kucomms_channel, ready);
+	if (channel)
+		list_del_init(&channel->ready);
+	raw_spin_unlock_irqrestore(&runner->lock, irq);
+	return channel;
+}
+
+/* ---- the end of a channel ------------------------------------------------ */
+
+/* The runner knows this channel no more. */
+static void detach(struct kucomms_runner *runner,
+		   struct kucomms_channel *channel)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&channel->runner_lock, irq);
+	channel->runner = NULL;
+	raw_spin_lock(&runner->lock);
+	list_del_init(&channel->ready);
+	raw_spin_unlock(&runner->lock);
+	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+	list_del_init(&channel->attached);
+	kucomms_debugfs_remove(channel);
+	atomic_dec(&runner->endpoint->channels);
+	/* The last use of the device: now it may be removed. */
+	atomic_dec(&channel->device->channels);
+	if (runner != runner->endpoint->shared)
+		runner->finished = true;
+	kucomms_channel_put(channel);
+}
+
+/* Nothing more comes: tell the user why, and wake it for good. */
+static void hang_up(struct kucomms_channel *channel, u32 state)
+{
+	if (state != KUCOMMS_STATE_OPEN)
+		kucomms_ring_set_state(&channel->tx, state);
+	set_bit(KUCOMMS_HUNG_UP, &channel->state);
+	kucomms_channel_signal(channel);
+}
+
+static void call_close(struct kucomms_runner *runner,
+		       struct kucomms_channel *channel)
+{
+	struct kucomms_endpoint *endpoint = runner->endpoint;
+
+	if (!test_bit(KUCOMMS_OPENED, &channel->state))
+		return;
+	if (endpoint->ops->close)
+		endpoint->ops->close(channel);
+	atomic_dec(&endpoint->opened);
+}
+
+/* End one channel. @state: what the user is told, OPEN for nothing. */
+static void end_channel(struct kucomms_runner *runner,
+			struct kucomms_channel *channel, u32 state)
+{
+	kucomms_channel_stop_sending(channel);
+	if (state != KUCOMMS_STATE_OPEN)
+		/* pairs with rcu_read_lock() in send_message() */
+		synchronize_rcu_expedited();
+	hang_up(channel, state);
+	call_close(runner, channel);
+	detach(runner, channel);
+}
+
+/* The endpoint goes: no channel is left after this. */
+static void shut(struct kucomms_runner *runner)
+{
+	struct kucomms_channel *channel, *next;
+
+	/* Those that have only asked. */
+	while ((channel = next_ready(runner))) {
+		if (!list_empty(&channel->attached))
+			continue;
+		channel->open_result = -ENOTCONN;
+		complete(&channel->opened);
+		detach(runner, channel);
+	}
+	if (list_empty(&runner->channels))
+		return;
+	list_for_each_entry(channel, &runner->channels, attached)
+		kucomms_channel_stop_sending(channel);
+	/* pairs with rcu_read_lock() in send_message(); once for all of them */
+	synchronize_rcu_expedited();
+	list_for_each_entry(channel, &runner->channels, attached)
+		hang_up(channel, KUCOMMS_STATE_SHUTDOWN);
+	list_for_each_entry_safe(channel, next, &runner->channels, attached) {
+		call_close(runner, channel);
+		detach(runner, channel);
+	}
+}
+
+/* ---- callbacks ----------------------------------------------------------- */
+
+static int grow_buffer(struct kucomms_runner *runner,
+		       struct kucomms_channel *channel)
+{
+	size_t size = channel->ring_size - KUCOMMS_HEADER_SIZE;
+	void *buffer;
+
+	if (runner->endpoint->options.flags & KUCOMMS_RX_IN_PLACE ||
+	    size <= runner->buffer_size)
+		return 0;
+	buffer = kvmalloc(size, GFP_KERNEL);
+	if (!buffer)
+		return -ENOMEM;
+	kvfree(runner->buffer);
+	runner->buffer = buffer;
+	runner->buffer_size = size;
+	return 0;
+}
+
+/* A process waits for its channel to be opened. */
+static void open_channel(struct kucomms_runner *runner,
+			 struct kucomms_channel *channel)
+{
+	struct kucomms_endpoint *endpoint = runner->endpoint;
+	const struct kucomms_peer peer = {
+		.pid = channel->pid,
+		.uid = channel->uid,
+		.hello_length = channel->hello_length,
+		.hello = channel->hello,
+	};
+	int err;
+
+	err = grow_buffer(runner, channel);
+	if (!err && endpoint->ops->open)
+		err = endpoint->ops->open(channel, &peer);
+	if (err > 0 || err < -MAX_ERRNO)
+		err = -EIO;
+	if (!err) {
+		if (list_empty(&runner->channels)) {
+			runner->next_work = ktime_add_ns(ktime_get(),
+							 WORK_PERIOD);
+			runner->next_timer = ktime_add_ns(ktime_get(),
+							  TIMER_PERIOD);
+		}
+		set_bit(KUCOMMS_OPENED, &channel->state);
+		list_add_tail(&channel->attached, &runner->channels);
+		atomic_inc(&endpoint->opened);
+		wake_up_all(&endpoint->wait);
+		/* To be looked at, and parked, once. */
+		kucomms_channel_kick(channel);
+	}
+	channel->open_result = err;
+	complete(&channel->opened);
+	if (err) {
+		kucomms_channel_stop_sending(channel);
+		detach(runner, channel);
+	}
+}
+
+/* Hand one message to the endpoint, and go on to the next if it took it. */
+static void deliver(struct kucomms_runner *runner,
+		    struct kucomms_channel *channel,
+		    const struct kucomms_view *view)
+{
+	struct kucomms_message message = {
+		.type = view->type,
+		.id = view->id,
+		.user_value = view->user_value,
+		.length = view->length,
+		.flags = view->flags,
+		.data = (void *)view->data,
+	};
+
+	if (!(runner->endpoint->options.flags & KUCOMMS_RX_IN_PLACE)) {
+		/* The user can change the ring under our eyes, not this. */
+		memcpy(runner->buffer, view->data, view->length);
+		message.data = runner->buffer;
+	}
+	runner->endpoint->ops->message(channel, &message);
+	if (test_bit(KUCOMMS_RETRY, &channel->state))
+		return;
+	channel->messages_received++;
+	channel->bytes_received += view->length;
+	trace_kucomms_receive(channel->serial, view->type, view->id,
+			      view->length, 0);
+	kucomms_ring_advance(&channel->rx, view);
+}
+
+/* Give space back, and ring when the user waits for it. */
+static void release(struct kucomms_channel *channel)
+{
+	if (!kucomms_ring_release(&channel->rx))
+		return;
+	atomic64_inc(&channel->doorbells_rung);
+	trace_kucomms_wake(channel->serial);
+	kucomms_channel_signal(channel);
+}
+
+/* Messages, at most a batch. Return: -EAGAIN drained, 0 not yet, -EPROTO. */
+static int drain(struct kucomms_runner *runner,
+		 struct kucomms_channel *channel)
+{
+	u64 most = channel->ring_size / 4, before = channel->rx.position;
+	struct kucomms_view view;
+	int err = 0, count;
+
+	for (count = 0; count < KUCOMMS_BATCH; count++) {
+		if (test_bit(KUCOMMS_PAUSED, &channel->state) ||
+		    test_bit(KUCOMMS_CLOSE_WANTED, &channel->state))
+			break;
+		err = kucomms_ring_peek(&channel->rx, &view);
+		if (err)
+			break;
+		deliver(runner, channel, &view);
+		if (channel->rx.position - before >= most) {
+			release(channel);
+			before = channel->rx.position;
+		}
+	}
+	release(channel);
+	return err;
+}
+
+static void call_work(struct kucomms_runner *runner,
+		      struct kucomms_channel *channel)
+{
+	unsigned long irq;
+
+	if (!runner->endpoint->ops->work ||
+	    !runner->endpoint->ops->work(channel))
+		return;
+	set_bit(KUCOMMS_WORK_AGAIN, &channel->state);
+	raw_spin_lock_irqsave(&channel->runner_lock, irq);
+	make_ready(runner, channel);
+	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+}
+
+/* Look at one channel. Return: whether there is more to do. */
+static bool serve(struct kucomms_runner *runner,
+		  struct kucomms_channel *channel)
+{
+	u32 state;
+	int err;
+
+	if (test_bit(KUCOMMS_BROKEN, &channel->state)) {
+		end_channel(runner, channel, KUCOMMS_STATE_OPEN);
+		return false;
+	}
+	if (test_bit(KUCOMMS_CLOSE_WANTED, &channel->state)) {
+		end_channel(runner, channel, KUCOMMS_STATE_CLOSED);
+		return false;
+	}
+	if (test_and_clear_bit(KUCOMMS_WORK_AGAIN, &channel->state))
+		call_work(runner, channel);
+	if (kucomms_channel_room(channel)) {
+		if (test_and_clear_bit(KUCOMMS_RETRY, &channel->state))
+			clear_bit(KUCOMMS_PAUSED, &channel->state);
+		call_work(runner, channel);
+	}
+	if (test_bit(KUCOMMS_PAUSED, &channel->state))
+		return false;
+
+	/* First whether more can come, then what has come. */
+	state = kucomms_ring_peer_state(&channel->rx);
+	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
+		channel->rx.final = 1;
+	err = state > KUCOMMS_STATE_SHUTDOWN ? -EPROTO : drain(runner, channel);
+	if (err == -EPROTO) {
+		kucomms_channel_broken(channel);
+		return true;
+	}
+	if (err != -EAGAIN)
+		return !test_bit(KUCOMMS_PAUSED, &channel->state);
+	if (channel->rx.final || state != KUCOMMS_STATE_OPEN) {
+		end_channel(runner, channel, KUCOMMS_STATE_OPEN);
+		return false;
+	}
+	return kucomms_ring_park_for_data(&channel->rx);
+}
+
+/* ---- ticks --------------------------------------------------------------- */
+
+/* Whether @deadline has come; it moves to the next one, without making up. */
+static bool is_due(ktime_t *deadline, u64 period, ktime_t now)
+{
+	if (ktime_before(now, *deadline))
+		return false;
+	*deadline = ktime_add_ns(*deadline,
+				 period * (1 + div64_u64(ktime_to_ns(ktime_sub(now, *deadline)),
+							 period)));
+	return true;
+}
+
+static void run_ticks(struct kucomms_runner *runner)
+{
+	const struct kucomms_endpoint_ops *ops = runner->endpoint->ops;
+	struct kucomms_channel *channel;
+	ktime_t now;
+
+	if (list_empty(&runner->channels) || (!ops->work && !ops->timer))
+		return;
+	now = ktime_get();
+	if (is_due(&runner->next_work, WORK_PERIOD, now) && ops->work)
+		list_for_each_entry(channel, &runner->channels, attached)
+			call_work(runner, channel);
+	if (is_due(&runner->next_timer, TIMER_PERIOD, now) && ops->timer)
+		list_for_each_entry(channel, &runner->channels, attached)
+			ops->timer(channel, ktime_get_ns());
+}
+
+/* ---- the thread ---------------------------------------------------------- */
+
+/* Look at every channel that is ready, once. Return: whether any was. */
+static bool serve_all(struct kucomms_runner *runner)
+{
+	struct kucomms_channel *channel, *first = NULL;
+	unsigned long irq;
+
+	while (!kthread_should_stop() && !READ_ONCE(runner->shut)) {
+		channel = next_ready(runner);
+		if (!channel)
+			return first;
+		if (list_empty(&channel->attached)) {
+			open_channel(runner, channel);
+		} else if (serve(runner, channel)) {
+			raw_spin_lock_irqsave(&channel->runner_lock, irq);
+			make_ready(runner, channel);
+			raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+			/* Once round: the ticks and other threads want a turn. */
+			if (!first)
+				first = channel;
+			else if (first == channel)
+				return true;
+		}
+		run_ticks(runner);
+		cond_resched();
+	}
+	return true;
+}
+
+static void runner_sleep(struct kucomms_runner *runner)
+{
+	const struct kucomms_endpoint_ops *ops = runner->endpoint->ops;
+	ktime_t deadline = KTIME_MAX;
+	unsigned long irq;
+	bool idle;
+
+	if (!list_empty(&runner->channels)) {
+		if (ops->work)
+			deadline = runner->next_work;
+		if (ops->timer)
+			deadline = min(deadline, runner->next_timer);
+	}
+	set_current_state(TASK_IDLE);
+	raw_spin_lock_irqsave(&runner->lock, irq);
+	idle = list_empty(&runner->ready);
+	raw_spin_unlock_irqrestore(&runner->lock, irq);
+	if (idle && !kthread_should_stop() &&
+	    (!READ_ONCE(runner->shut) || runner->finished))
+		schedule_hrtimeout_range(deadline == KTIME_MAX ? NULL : &deadline,
+					 0, HRTIMER_MODE_ABS);
+	__set_current_state(TASK_RUNNING);
+}
+
+static int runner_main(void *data)
+{
+	struct kucomms_runner *runner = data;
+	bool reaping = false;
+
+	complete(&runner->started);
+	while (!kthread_should_stop()) {
+		if (READ_ONCE(runner->shut))
+			shut(runner);
+		if (runner->finished && !reaping) {
+			reaping = true;
+			queue_work(kucomms_workqueue, &runner->reap);
+		}
+		if (!serve_all(runner) || runner->finished)
+			runner_sleep(runner);
+		run_ticks(runner);
+		cond_resched();
+	}
+	shut(runner);
+	return 0;
+}
+
+/* Whether we are in a callback of this endpoint. */
+bool kucomms_runner_is_current(struct kucomms_endpoint *endpoint)
+{
+	struct kucomms_runner *runner;
+
+	if (!(current->flags & PF_KTHREAD) ||
+	    kthread_func(current) != runner_main)
+		return false;
+	runner = kthread_data(current);
+	return runner->endpoint == endpoint;
+}
+
+static void reap_runner(struct work_struct *work)
+{
+	struct kucomms_runner *runner =
+		container_of(work, struct kucomms_runner, reap);
+	struct kucomms_endpoint *endpoint = runner->endpoint;
+
+	kthread_stop(runner->task);
+	mutex_lock(&kucomms_lock);
+	list_del(&runner->list);
+	kucomms_runner_free(runner);
+	/* Under the lock: who waits for this frees the endpoint next. */
+	wake_up_all(&endpoint->wait);
+	mutex_unlock(&kucomms_lock);
+}
+
+/* Free a runner whose thread has ended. */
+void kucomms_runner_free(struct kucomms_runner *runner)
+{
+	put_task_struct(runner->task);
+	kvfree(runner->buffer);
+	kfree(runner);
+	atomic_dec(&kucomms_alive.runners);
+}
+
+/**
+ * kucomms_runner_new - start a thread
+ * @endpoint: whose callbacks it calls
+ * @shared: it serves all channels, not one
+ *
+ * Return: the runner or an error pointer.
+ */
+struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
+					  bool shared)
+{
+	struct kucomms_runner *runner;
+	struct task_struct *task;
+
+	runner = kzalloc(sizeof(*runner), GFP_KERNEL);
+	if (!runner)
+		return ERR_PTR(-ENOMEM);
+	INIT_LIST_HEAD(&runner->list);
+	raw_spin_lock_init(&runner->lock);
+	INIT_LIST_HEAD(&runner->ready);
+	INIT_LIST_HEAD(&runner->channels);
+	init_completion(&runner->started);
+	INIT_WORK(&runner->reap, reap_runner);
+	runner->endpoint = endpoint;
+	task = kthread_create(runner_main, runner, "%s", endpoint->name);
+	if (IS_ERR(task)) {
+		kfree(runner);
+		return ERR_CAST(task);
+	}
+	runner->task = get_task_struct(task);
+	atomic_inc(&kucomms_alive.runners);
+	if (shared)
+		endpoint->shared = runner;
+	wake_up_process(task);
+	/* A thread that is stopped before it has begun would shut nothing down. */
+	wait_for_completion(&runner->started);
+	return runner;
+}
+
+/* Have a new channel opened and served. Takes a reference. */
+void kucomms_runner_attach(struct kucomms_runner *runner,
+			   struct kucomms_channel *channel)
+{
+	kucomms_channel_get(channel);
+	raw_spin_lock_irq(&channel->runner_lock);
+	channel->runner = runner;
+	make_ready(runner, channel);
+	wake_up_process(runner->task);
+	raw_spin_unlock_irq(&channel->runner_lock);
+}

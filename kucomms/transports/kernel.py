@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: MIT
+"""``kernel://NAME``: the endpoint that a kernel module has registered as ``kucomms_NAME``.
+
+Memory: pages of the kernel module, mmapped from ``/dev/kucomms_NAME``; each open file is
+a link. Doorbell: an ioctl there, and ``poll`` here. The kernel's life: ``POLLHUP``. The
+device's ABI is described in ``include/uapi/linux/kucomms.h`` of the module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+from collections.abc import Callable
+
+from kucomms import _core
+from kucomms._core import lib, ring_device
+from kucomms.exceptions import (
+    AddressError,
+    BusyError,
+    KucommsError,
+    NotReadyError,
+    ProtocolError,
+    TransportError,
+    UsageError,
+    VersionError,
+)
+from kucomms.transports.base import (
+    Address,
+    Connection,
+    ConnectOptions,
+    Listener,
+    ListenOptions,
+    Peer,
+)
+
+__all__ = ["KernelConnection", "device_path", "set_up", "transport"]
+
+_RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a device
+_ABSENT = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+
+
+def device_path(name: str) -> str:
+    """The device of the endpoint ``name``."""
+    return f"/dev/kucomms_{name}"
+
+
+class KernelConnection(Connection):
+    """An open device, its channel, and an epoll descriptor of its own.
+
+    The device is watched edge-triggered: an event is one ring of the doorbell, and there
+    is nothing to be taken back when nobody wants to hear more of it.
+    """
+
+    def __init__(self, url: str, channel: _core.Channel, peer: Peer, fd: int) -> None:
+        super().__init__(url, channel, peer)
+        self._fd = fd
+        self._epoll = select.epoll()
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken: Callable[[], None]
+        self._gone: Callable[[KucommsError | None], None]
+
+    def start(
+        self, woken: Callable[[], None], gone: Callable[[KucommsError | None], None]
+    ) -> None:
+        """See ``Connection.start``."""
+        self._woken = woken
+        self._gone = gone
+        self._loop = asyncio.get_running_loop()
+        self.channel.attach(self.ring)
+        self._loop.add_reader(self._epoll.fileno(), self._readable)
+
+    def ring(self) -> None:
+        """See ``Connection.ring``."""
+        fd = self._fd
+        if fd >= 0:
+            ring_device(fd)  # that it is over, its reader will see
+
+    def _readable(self) -> None:
+        if self._fd < 0:
+            return
+        events = 0
+        for _fd, event in self._epoll.poll(0):
+            events |= event
+        if events & select.EPOLLERR:
+            self._gone(
+                ProtocolError(
+                    f"{self.url}: the kernel module closed the link, because what this process "
+                    "wrote into the shared ring is nonsense; something overwrites its memory"
+                )
+            )
+        elif events & select.EPOLLHUP:
+            self._gone(None)
+        elif events:
+            self._woken()
+
+    def close(self) -> None:
+        """See ``Connection.close``."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        # A forked child shares the loop's epoll: what it took out there, it took from us.
+        if self._loop is not None and not self._loop.is_closed() and not self.channel.forked:
+            self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+        os.close(fd)
+
+
+def _open(address: Address) -> int:
+    """The device's descriptor. Raises NotReadyError when there is none."""
+    path = device_path(address.name)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            raise NotReadyError(
+                f"{address.url}: there is no device {path}; load the module (modprobe kucomms) "
+                f"and make it with 'kucomms device create {address.name}', or give connect() a "
+                "longer timeout"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise TransportError(
+                error.errno,
+                f"{address.url}: no right to open {path}; let root set its mode and group, with "
+                f"'kucomms device create {address.name} --mode 0660 --group ...' or a udev rule",
+            ) from error
+        raise _core.os_error(error.errno or 0, f"{address.url}: cannot open {path}") from error
+
+
+def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnection:
+    """Make a link of an open device, which it takes over.
+
+    Raises NotReadyError when no endpoint is registered, BusyError, VersionError,
+    TransportError; then ``fd`` is still the caller's.
+    """
+    url = address.url
+    record = _core.new_setup()
+    record.version = lib.KUCOMMS_ABI_VERSION
+    record.features = lib.KUCOMMS_FEATURES
+    record.ring_size = options.ring_size
+    record.hello_length = len(options.hello)
+    record.hello[0 : len(options.hello)] = options.hello
+    number = _core.ioctl_setup(fd, record)
+    if number:
+        raise _refused(url, number, record)
+    half = None
+    try:
+        ring_size = int(record.ring_size)
+        if record.side_size != _core.side_size(ring_size):
+            raise VersionError(
+                f"{url}: the module lays its memory out otherwise than this version of kucomms; "
+                "use the same version of both"
+            )
+        half = _core.HalfChannel(url, 1, ring_size, fd, int(record.side_offset[1]))
+        channel = half.attach(fd, int(record.side_offset[0]))
+    finally:
+        if half is not None:
+            half.close()
+    hello = bytes(record.hello[0 : record.hello_length])
+    return KernelConnection(url, channel, Peer(hello=hello, kernel=True), fd)
+
+
+def _refused(url: str, number: int, record: object) -> KucommsError:
+    """The error for what KUCOMMS_IOC_SETUP said."""
+    if number == errno.ENOTCONN:
+        return NotReadyError(
+            f"{url}: the device is there, but no kernel module has registered its endpoint; load "
+            "the module that does, or give connect() a longer timeout"
+        )
+    if number == errno.EBUSY:
+        return BusyError(f"{url}: the kernel endpoint has all the links that it takes")
+    if number == errno.EPROTONOSUPPORT:
+        return VersionError(
+            f"{url}: the module speaks version {record.version} of the kucomms ABI, with "  # type: ignore[attr-defined]
+            f"features {record.features:#x}; this is version {lib.KUCOMMS_ABI_VERSION}. Use the "  # type: ignore[attr-defined]
+            "same version of both"
+        )
+    if number == errno.ENOTTY:
+        return VersionError(f"{url}: this device is not of a kucomms module that we know")
+    if number == errno.ENOMEM:
+        return _core.os_error(
+            number, f"{url}: the kernel has no memory for the rings; ask for a smaller ring_size"
+        )
+    return _core.os_error(number, f"{url}: the kernel endpoint refused the link")
+
+
+async def _connect_once(address: Address, options: ConnectOptions) -> Connection:
+    """One try. The set-up may wait for the endpoint's open callback, so it has a thread."""
+    fd = _open(address)
+    made = asyncio.get_running_loop().run_in_executor(None, set_up, address, options, fd)
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        made.add_done_callback(lambda made: _drop(made, fd))
+        raise
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _drop(made: asyncio.Future[KernelConnection], fd: int) -> None:
+    """Nobody wants any more what has been made."""
+    if made.exception() is not None:
+        os.close(fd)
+        return
+    connection = made.result()
+    connection.channel.attach(connection.ring)
+    connection.channel.stop_sending(_core.STATE_CLOSED)
+    connection.close()
+    connection.channel.unmap()
+
+
+class KernelTransport:
+    """See the module."""
+
+    async def listen(
+        self,
+        address: Address,
+        options: ListenOptions,
+        accept: Callable[[Connection], None],
+        links: Callable[[], int],
+    ) -> Listener:
+        raise AddressError(
+            f"{address.url}: only a kernel module can listen there, with kucomms_register(); "
+            "connect to it"
+        )
+
+    async def connect(self, address: Address, options: ConnectOptions) -> Connection:
+        if options.owner is not None:
+            raise UsageError(f"{address.url}: owner= means nothing here; the kernel listens")
+        loop = asyncio.get_running_loop()
+        give_up = None if options.timeout is None else loop.time() + options.timeout
+        delay = _RETRY_FIRST
+        while True:
+            try:
+                return await _connect_once(address, options)
+            except NotReadyError:
+                # Not waited for with the device open: it could not be removed meanwhile.
+                left = delay if give_up is None else give_up - loop.time()
+                if left <= 0:
+                    raise
+            await asyncio.sleep(min(delay, left))
+            delay = min(2 * delay, _RETRY_LAST)
+
+
+transport = KernelTransport()
