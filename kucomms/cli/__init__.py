@@ -17,7 +17,7 @@ import click
 import structlog
 
 from kucomms import KucommsError, __version__
-from kucomms.cli import doctor, echo, listen, longtest, send
+from kucomms.cli import device, doctor, echo, listen, longtest, send
 
 __all__ = ["main"]
 
@@ -27,9 +27,10 @@ INTERRUPTED = 130  # what a shell gives a command that SIGINT ended
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="kucomms")
 def group() -> None:
-    r"""Message endpoints over in-process and shared memory.
+    r"""Message endpoints over in-process, shared and kernel memory.
 
-    A URL says where the other side is: shm://NAME is another process of this machine.
+    A URL says where the other side is: shm://NAME is another process of this machine,
+    kernel://NAME an endpoint in a kernel module.
     Try, in two terminals:
 
     \b
@@ -38,7 +39,7 @@ def group() -> None:
     """
 
 
-for module in (doctor, echo, listen, longtest, send):
+for module in (device, doctor, echo, listen, longtest, send):
     group.add_command(module.command)
 
 

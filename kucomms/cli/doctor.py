@@ -24,6 +24,7 @@ import click
 import msgspec
 
 import kucomms
+from kucomms.cli import device
 from kucomms.cli._common import json_option, print_json
 from kucomms.transports.runtime_directory import private_path
 
@@ -223,7 +224,122 @@ def _c_client() -> Check:
     return Check(name, "ok", f"{compiler} -I {kucomms.get_include()}")
 
 
-# In this order; what is named here has to work for the machine to be fit for kucomms.
+# ---- the kernel side, which is optional: nothing here fails -------------------
+
+_KERNEL_MODULE = "kernel module"
+_UDEV_RULES = ("etc/udev/rules.d", "run/udev/rules.d", "usr/lib/udev/rules.d", "lib/udev/rules.d")
+
+
+def _loaded_version() -> str | None:
+    """The version of the module that is loaded; "?" when it does not say, None when none is."""
+    directory = device.SYSFS / "module/kucomms"
+    if not directory.is_dir():
+        return None
+    return device.read_attribute(directory / "version") or "?"
+
+
+def _modinfo(*arguments: str) -> str | None:
+    """What modinfo says of kucomms; "" when it does not find it, None without modinfo."""
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+    modinfo = shutil.which("modinfo", path=path)
+    if modinfo is None:
+        return None
+    result = subprocess.run(
+        [modinfo, *arguments, "kucomms"],
+        capture_output=True, check=False, text=True, errors="replace",
+    )
+    return "" if result.returncode else result.stdout.strip()
+
+
+def _kernel_module() -> Check:
+    from kucomms import _core
+
+    loaded = _loaded_version()
+    if loaded is None:
+        return Check(
+            _KERNEL_MODULE, "warn", "not loaded",
+            "needed only for kernel:// URLs: modprobe kucomms",
+        )
+    abi = device.read_attribute(device.control_directory() / "abi_version") or "?"
+    detail = f"version {loaded}, ABI version {abi}"
+    ours = _core.lib.KUCOMMS_ABI_VERSION
+    again = f"install the one of this version ({device.INSTALL}), rmmod kucomms, modprobe kucomms"
+    if abi != str(ours):
+        return Check(
+            _KERNEL_MODULE, "warn",
+            f"{detail}; this package has ABI version {ours}, so kernel:// cannot work", again,
+        )
+    if loaded != kucomms.__version__:
+        return Check(
+            _KERNEL_MODULE, "warn", f"{detail}; this package is version {kucomms.__version__}",
+            f"they can work together; to have the same: {again}",
+        )
+    return Check(_KERNEL_MODULE, "ok", f"loaded, {detail}")
+
+
+def _installed_module() -> Check:
+    name, release = "modprobe kucomms", platform.release()
+    found = _modinfo("-F", "filename")
+    if found is None:
+        return Check(
+            name, "warn", "cannot tell, there is no modinfo",
+            "needed only for kernel:// URLs: install kmod",
+        )
+    if not found:
+        return Check(
+            name, "warn", f"finds no module for Linux {release}",
+            "needed only for kernel:// URLs; build and install it, in the sources of kucomms: "
+            f"{device.INSTALL}",
+        )
+    return Check(name, "ok", f"finds {found}, version {_modinfo('-F', 'version') or '?'}")
+
+
+def _kernel_headers() -> Check:
+    name, release = "kernel headers", platform.release()
+    build = device.MODULES / release / "build"
+    if (build / "Makefile").exists():
+        return Check(name, "ok", str(build))
+    if _loaded_version() is not None or _modinfo("-F", "filename"):
+        return Check(name, "ok", f"no {build}; needed only to build the kernel module again")
+    return Check(
+        name, "warn", f"no {build}",
+        "needed only to build the kernel module; install those of the running kernel (Debian: "
+        f"apt-get install linux-headers-{release})",
+    )
+
+
+def _kernel_devices() -> Check:
+    name = "kernel devices"
+    found = device.devices()
+    if not found:
+        return Check(name, "ok", "none; kucomms device create NAME makes one, with the module")
+    detail = ", ".join(f"{each.url} ({each.rights})" for each in found)
+    closed = [each for each in found if not os.access(each.path, os.R_OK | os.W_OK)]
+    if closed:
+        urls = ", ".join(each.url for each in closed)
+        return Check(
+            name, "warn", f"{detail}; not for this user: {urls}",
+            "as root: kucomms device create NAME --group GROUP, or chgrp and chmod, or a udev rule",
+        )
+    return Check(name, "ok", detail)
+
+
+def _udev_rule() -> Check:
+    found = [
+        str(path)
+        for directory in _UDEV_RULES
+        for path in sorted((device.ROOT / directory).glob("*kucomms*.rules"))
+    ]
+    if not found:
+        return Check(
+            "udev rule", "ok",
+            "none: devices are root's, but for those made with --mode or --group "
+            "(kernel_module/99-kucomms.rules is an example)",
+        )
+    return Check("udev rule", "ok", ", ".join(found))
+
+
+# In this order; of these, the required ones have to work for the machine to be fit for kucomms.
 _CHECKS: tuple[tuple[str, Callable[[], Check] | Callable[[], Awaitable[Check]]], ...] = (
     ("Python", _python),
     ("compiled core", _core),
@@ -237,6 +353,11 @@ _CHECKS: tuple[tuple[str, Callable[[], Check] | Callable[[], Awaitable[Check]]],
     ("inproc://", _inproc),
     ("shm://", _shm),
     ("C client", _c_client),
+    (_KERNEL_MODULE, _kernel_module),
+    ("modprobe kucomms", _installed_module),
+    ("kernel headers", _kernel_headers),
+    ("kernel devices", _kernel_devices),
+    ("udev rule", _udev_rule),
 )
 
 
