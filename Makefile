@@ -8,15 +8,19 @@ STAMP := $(VENV)/installed
 
 RUNS ?= 20
 
-.PHONY: help setup demo test matrix lint clean
+.PHONY: help setup demo test test-kernel test-kernel-sanitized matrix lint lint-kernel clean
 
 help:
-	@echo "make demo   the longtest between two processes over shared memory, live"
-	@echo "make test   everything that is checked"
-	@echo "make matrix the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
-	@echo "make lint   ruff and mypy"
-	@echo "make setup  only the virtual environment, with kucomms built in place"
-	@echo "make clean  remove what was built"
+	@echo "make demo        the longtest between two processes over shared memory, live"
+	@echo "make test        everything that is checked: lint, lint-kernel, the tests, test-kernel"
+	@echo "make test-kernel the tests of the kernel module, in guests with Linux 6.1 and 6.12"
+	@echo "make test-kernel-sanitized"
+	@echo "                 the same with KASAN, UBSAN, lockdep and kmemleak; builds a kernel first"
+	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
+	@echo "make lint        ruff and mypy"
+	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code"
+	@echo "make setup       only the virtual environment, with kucomms built in place"
+	@echo "make clean       remove what was built, but for the sanitized kernel"
 
 setup: $(STAMP)
 
@@ -37,8 +41,21 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+lint-kernel: setup
+	@sh tools/install-kernel-packages.sh
+	sh tools/kernel-lint.sh
+
+test: lint lint-kernel
 	$(BIN)/python -m pytest
+	$(MAKE) test-kernel
+
+test-kernel: setup
+	@sh tools/install-kernel-packages.sh
+	$(BIN)/python tools/guest.py
+
+test-kernel-sanitized: setup
+	@sh tools/install-kernel-packages.sh
+	sh tools/kernel-sanitized.sh
 
 matrix: setup
 	for run in $$(seq $(RUNS)); do \
@@ -47,4 +64,4 @@ matrix: setup
 	done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kucomms/_core/*.so kucomms/_core/_setup.c
+	rm -rf $(VENV) $(filter-out build/sanitized,$(wildcard build/*)) dist *.egg-info kucomms/_core/*.so kucomms/_core/_setup.c

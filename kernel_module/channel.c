@@ -717,31 +717,17 @@ EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
  *
  * To be called from the message callback, which then gets the same message
  * again: as soon as there is room after a send to this channel has met -EAGAIN,
- * or after kucomms_resume(). No other message of the channel comes meanwhile,
- * and when its ring is full, the user waits.
+ * or after kucomms_resume(), or when the user is gone. No other message of the
+ * channel comes meanwhile, and when its ring is full, the user waits.
  */
 void kucomms_retry(struct kucomms_channel *channel)
 {
-	set_bit(KUCOMMS_PAUSED, &channel->state);
 	set_bit(KUCOMMS_RETRY, &channel->state);
 }
 EXPORT_SYMBOL_GPL(kucomms_retry);
 
 /**
- * kucomms_pause - no message callbacks for this channel until kucomms_resume()
- * @channel: the channel
- *
- * Its messages stay in the ring, and when that is full, the user waits. To be
- * called from a callback of the endpoint.
- */
-void kucomms_pause(struct kucomms_channel *channel)
-{
-	set_bit(KUCOMMS_PAUSED, &channel->state);
-}
-EXPORT_SYMBOL_GPL(kucomms_pause);
-
-/**
- * kucomms_resume - the opposite of kucomms_pause()
+ * kucomms_resume - hand out the message for which kucomms_retry() was called
  * @channel: the channel
  *
  * Any context but NMI.
@@ -749,7 +735,6 @@ EXPORT_SYMBOL_GPL(kucomms_pause);
 void kucomms_resume(struct kucomms_channel *channel)
 {
 	clear_bit(KUCOMMS_RETRY, &channel->state);
-	clear_bit(KUCOMMS_PAUSED, &channel->state);
 	set_bit(KUCOMMS_KICK, &channel->state);
 	kucomms_channel_signal(channel);
 }

@@ -21,7 +21,7 @@
  */
 struct kucomms_file {
 	struct kucomms_device *device;
-	struct mutex lock;
+	struct mutex lock;	/* of setting up */
 	struct kucomms_channel *channel;
 };
 
@@ -239,11 +239,32 @@ static u32 wait_events(struct kucomms_channel *channel, u32 wanted)
 	return come & wanted;
 }
 
+static bool wait_is_over(struct kucomms_channel *channel, u32 wanted)
+{
+	return wait_events(channel, wanted) || ended(channel);
+}
+
+static int sleep_until_rung(struct kucomms_channel *channel, u32 wanted,
+			    ktime_t timeout)
+{
+	int err;
+
+	err = wait_event_interruptible_hrtimeout(channel->wait,
+						 wait_is_over(channel, wanted),
+						 timeout);
+	if (err == -ETIME)
+		return -ETIMEDOUT;
+	/* Started again, it would wait for the whole time again. */
+	if (err == -ERESTARTSYS && timeout != KTIME_MAX)
+		return -EINTR;
+	return err;
+}
+
 static long ioctl_wait(struct file *file, struct kucomms_channel *channel,
 		       void __user *argument)
 {
 	struct kucomms_wait wait;
-	u32 come;
+	ktime_t timeout;
 	int err;
 
 	if (copy_from_user(&wait, argument, sizeof(wait)))
@@ -251,25 +272,19 @@ static long ioctl_wait(struct file *file, struct kucomms_channel *channel,
 	if (!wait.events || wait.reserved || wait.timeout_ns < -1 ||
 	    wait.events & ~(KUCOMMS_WAIT_DATA | KUCOMMS_WAIT_SPACE))
 		return -EINVAL;
-	come = wait_events(channel, wait.events);
-	if (!come && !ended(channel)) {
+	if (!wait_is_over(channel, wait.events)) {
 		if (file->f_flags & O_NONBLOCK)
 			return -EAGAIN;
-		if (wait.timeout_ns < 0)
-			err = wait_event_interruptible(channel->wait,
-				(come = wait_events(channel, wait.events)) ||
-				ended(channel));
-		else
-			err = wait_event_interruptible_hrtimeout(channel->wait,
-				(come = wait_events(channel, wait.events)) ||
-				ended(channel), ns_to_ktime(wait.timeout_ns));
+		timeout = wait.timeout_ns < 0 ? KTIME_MAX :
+						ns_to_ktime(wait.timeout_ns);
+		err = sleep_until_rung(channel, wait.events, timeout);
 		if (err)
-			return err == -ETIME ? -ETIMEDOUT : err;
+			return err;
 	}
 	err = ended(channel);
 	if (err)
 		return err;
-	wait.events = come;
+	wait.events = wait_events(channel, wait.events);
 	return copy_to_user(argument, &wait, sizeof(wait)) ? -EFAULT : 0;
 }
 

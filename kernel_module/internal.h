@@ -33,6 +33,7 @@
 #include <linux/mm_types.h>
 #include <linux/mutex.h>
 #include <linux/poll.h>
+#include <linux/sizes.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
@@ -43,9 +44,9 @@
 #define KUCOMMS_PREFIX		"kucomms_"
 #define KUCOMMS_PREFIX_LENGTH	(sizeof(KUCOMMS_PREFIX) - 1)
 #define KUCOMMS_DEVICE_NAME_MAX	(KUCOMMS_PREFIX_LENGTH + KUCOMMS_NAME_MAX)
-#define KUCOMMS_RING_DEFAULT	(1ULL << 20)
-#define KUCOMMS_RING_LIMIT	(16ULL << 20)
-#define KUCOMMS_RING_MAX	(1ULL << 31)
+#define KUCOMMS_RING_DEFAULT	((u64)SZ_1M)
+#define KUCOMMS_RING_LIMIT	((u64)SZ_16M)
+#define KUCOMMS_RING_MAX	((u64)SZ_2G)
 #define KUCOMMS_LOAN_LIMIT	64
 #define KUCOMMS_BATCH		64	/* messages of a channel in a row */
 
@@ -145,7 +146,6 @@ enum {
 	KUCOMMS_USER_GONE,	/* the last descriptor or mapping went */
 	KUCOMMS_CLOSE_WANTED,	/* kucomms_close() was called */
 	KUCOMMS_BROKEN,		/* the user broke the rules */
-	KUCOMMS_PAUSED,		/* no message callbacks now */
 	KUCOMMS_RETRY,		/* the message that was handed out stays */
 	KUCOMMS_WORK_AGAIN,	/* the work callback has more to do */
 	KUCOMMS_KICK,		/* the signal is for the runner, too */

@@ -17,9 +17,9 @@
 
 struct kucomms_alive kucomms_alive;
 struct workqueue_struct *kucomms_workqueue;
-DEFINE_MUTEX(kucomms_lock);
+DEFINE_MUTEX(kucomms_lock);	/* devices and endpoints, see internal.h */
 
-static DEFINE_MUTEX(kucomms_names_lock);
+static DEFINE_MUTEX(kucomms_names_lock);	/* create and remove */
 static LIST_HEAD(kucomms_devices);
 static DEFINE_XARRAY_ALLOC(kucomms_minors);
 static dev_t first_number;

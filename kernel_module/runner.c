@@ -251,7 +251,7 @@ static int drain(struct kucomms_runner *runner,
 	int err = 0, count;
 
 	for (count = 0; count < KUCOMMS_BATCH; count++) {
-		if (test_bit(KUCOMMS_PAUSED, &channel->state) ||
+		if (test_bit(KUCOMMS_RETRY, &channel->state) ||
 		    test_bit(KUCOMMS_CLOSE_WANTED, &channel->state))
 			break;
 		err = kucomms_ring_peek(&channel->rx, &view);
@@ -299,11 +299,13 @@ static bool serve(struct kucomms_runner *runner,
 	if (test_and_clear_bit(KUCOMMS_WORK_AGAIN, &channel->state))
 		call_work(runner, channel);
 	if (kucomms_channel_room(channel)) {
-		if (test_and_clear_bit(KUCOMMS_RETRY, &channel->state))
-			clear_bit(KUCOMMS_PAUSED, &channel->state);
+		clear_bit(KUCOMMS_RETRY, &channel->state);
 		call_work(runner, channel);
 	}
-	if (test_bit(KUCOMMS_PAUSED, &channel->state))
+	/* There it would wait for room that never comes. */
+	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
+		clear_bit(KUCOMMS_RETRY, &channel->state);
+	if (test_bit(KUCOMMS_RETRY, &channel->state))
 		return false;
 
 	/* First whether more can come, then what has come. */
@@ -316,7 +318,7 @@ static bool serve(struct kucomms_runner *runner,
 		return true;
 	}
 	if (err != -EAGAIN)
-		return !test_bit(KUCOMMS_PAUSED, &channel->state);
+		return !test_bit(KUCOMMS_RETRY, &channel->state);
 	if (channel->rx.final || state != KUCOMMS_STATE_OPEN) {
 		end_channel(runner, channel, KUCOMMS_STATE_OPEN);
 		return false;

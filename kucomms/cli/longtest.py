@@ -2,11 +2,11 @@
 """``kucomms longtest``: both sides send, both sides echo, nothing may be lost.
 
 The connecting side, A, sends messages of type 0: random bytes, 0 to 2047 of them. The
-listening side, B, sends messages of type 1: the number of the message, 8 bytes little
-endian, over and over, 8 to 512 bytes. In both, ``id`` is the number of the message,
-counted from 1, and ``user_value`` the CRC-32 of the data. Whoever gets a message of the
-other side's type checks both and sends it back as it is; whoever gets one of its own
-type compares it with what it sent.
+listening side, B, or the kernel module ``kucomms_longtest`` in its place, sends messages
+of type 1: the number of the message, 8 bytes little endian, over and over, 8 to 512
+bytes. In both, ``id`` is the number of the message, counted from 1, and ``user_value``
+the CRC-32 of the data. Whoever gets a message of the other side's type checks both and
+sends it back as it is; whoever gets one of its own type compares it with what it sent.
 
 Each side has at most half a ring of its own messages on the way, there and back. So the
 echoes of the other side's always find room, no handler ever waits, and the two cannot
@@ -482,6 +482,10 @@ EPILOG = """\b
 Example, in two terminals:
   kucomms longtest --listen shm://lab
   kucomms longtest shm://lab --seconds 10
+
+\b
+Or with the kernel, when its module kucomms_longtest is loaded:
+  kucomms longtest kernel://longtest
 """
 
 
@@ -521,7 +525,8 @@ def command(
 
     The connecting side sends messages of type 0, of 0 to 2047 random bytes, the listening
     side numbered ones of type 1; each echoes the other's, and checks that its own come
-    back unchanged and in order. Every message is verified, always.
+    back unchanged and in order. Every message is verified, always. At kernel://longtest
+    the other side is the kernel module kucomms_longtest.
 
     On a terminal it is shown live. Otherwise there are two lines a second: avail_tx0 is
     what the other side has not read yet, in bytes; add_error_count counts sends that

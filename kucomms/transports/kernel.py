@@ -232,15 +232,22 @@ class KernelTransport:
             raise UsageError(f"{address.url}: owner= means nothing here; the kernel listens")
         loop = asyncio.get_running_loop()
         give_up = None if options.timeout is None else loop.time() + options.timeout
+        once = options.timeout is not None and options.timeout <= 0
         delay = _RETRY_FIRST
         while True:
             try:
-                return await _connect_once(address, options)
+                async with asyncio.timeout_at(None if once else give_up):
+                    return await _connect_once(address, options)
             except NotReadyError:
                 # Not waited for with the device open: it could not be removed meanwhile.
                 left = delay if give_up is None else give_up - loop.time()
                 if left <= 0:
                     raise
+            except TimeoutError:
+                raise NotReadyError(
+                    f"{address.url}: the kernel endpoint is there, but does not answer; does one "
+                    "of its callbacks block?"
+                ) from None
             await asyncio.sleep(min(delay, left))
             delay = min(2 * delay, _RETRY_LAST)
 

@@ -265,9 +265,7 @@ def test_busy_names_the_process(run):
         assert holder.stdout.readline() == "open\n"
         code, _, err = run("remove", "a")
         assert code == 1
-        assert err == (
-            f"error: kucomms_a is in use: process {holder.pid} (sh) has it open\n"
-        )
+        assert err == (f"error: kucomms_a is in use: process {holder.pid} (sh) has it open\n")
         holder.communicate("\n", timeout=DEADLINE)
     assert run("remove", "a")[0] == 0
 

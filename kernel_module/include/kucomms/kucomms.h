@@ -128,7 +128,6 @@ void kucomms_discard(struct kucomms_channel *channel,
 		     struct kucomms_message *message);
 
 void kucomms_retry(struct kucomms_channel *channel);
-void kucomms_pause(struct kucomms_channel *channel);
 void kucomms_resume(struct kucomms_channel *channel);
 void kucomms_close(struct kucomms_channel *channel);
 

@@ -56,8 +56,7 @@
 #include <linux/kucomms.h>
 
 #define KUCOMMS_STATIC_ASSERT(name, condition) \
-	typedef char kucomms_assert_##name[(condition) ? 1 : -1] \
-	__attribute__((unused))
+	extern char kucomms_assert_##name[(condition) ? 1 : -1]
 
 KUCOMMS_STATIC_ASSERT(frame_size, sizeof(struct kucomms_frame) == 32);
 KUCOMMS_STATIC_ASSERT(frame_type,
@@ -522,14 +521,14 @@ static inline void kucomms_ring_borrow(struct kucomms_ring_consumer *c,
  */
 static inline int kucomms_ring_release(struct kucomms_ring_consumer *c)
 {
-	__u64 upto = kucomms_pins_oldest(&c->pins, c->position);
+	__u64 end = kucomms_pins_oldest(&c->pins, c->position);
 	__u64 epoch;
 
-	if (upto == c->published)
+	if (end == c->published)
 		return 0;
-	c->published = upto;
+	c->published = end;
 	/* pairs with smp_load_acquire() in kucomms_ring_refresh_consumed() */
-	smp_store_release(&c->own->position, upto);
+	smp_store_release(&c->own->position, end);
 	/* pairs with smp_mb() in kucomms_ring_park_for_space() */
 	smp_mb();
 	epoch = READ_ONCE(c->peer->parked);

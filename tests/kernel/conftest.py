@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""What the tests inside the guest share. ``tools/guest.py`` boots it and runs them there."""
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.log import findings
+
+_TAIL = 20
+
+
+class KernelLog:
+    """The kernel log from now on, line by line."""
+
+    def __init__(self):
+        self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        os.lseek(self._fd, 0, os.SEEK_END)
+
+    def read(self) -> list[str]:
+        """Return what is new since the last call, without waiting."""
+        lines = []
+        while True:
+            try:
+                record = os.read(self._fd, 8192)
+            except BlockingIOError:
+                return lines
+            except BrokenPipeError:
+                lines.append("printk messages dropped: the log was overwritten before it was read")
+                continue
+            # "level,number,microseconds,flags;text", then lines of context that start with a space
+            lines.append(record.decode(errors="replace").split(";", 1)[1].split("\n")[0])
+
+    def close(self):
+        os.close(self._fd)
+
+
+def _run(*command):
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        log = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+        tail = "\n".join(log.splitlines()[-_TAIL:])
+        pytest.fail(
+            f"{' '.join(command)}: exit code {result.returncode}\n"
+            f"{result.stderr}\nthe end of the kernel log:\n{tail}"
+        )
+
+
+@pytest.fixture(scope="session")
+def modules() -> Path:
+    """The directory with what was built: kernel_module/, examples/kernel/, tests/kernel/module/."""
+    return Path(os.environ["KUCOMMS_MODULES"])
+
+
+@pytest.fixture(scope="session")
+def load():
+    """``load(name, "parameter=value", ...)``: modprobe; fails with the kernel log's end."""
+    return lambda name, *parameters: _run("modprobe", name, *parameters)
+
+
+@pytest.fixture(scope="session")
+def unload():
+    """``unload(name)``: rmmod, of this module alone; fails with the kernel log's end."""
+    return lambda name: _run("rmmod", name)
+
+
+@pytest.fixture(scope="session")
+def _session_log():
+    with contextlib.closing(KernelLog()) as log:
+        yield log
+
+
+@pytest.fixture(autouse=True)
+def kernel_log(_session_log):
+    """The kernel log; a test fails when a fault got there since the test before it."""
+    seen: list[str] = []
+
+    def new() -> list[str]:
+        lines = _session_log.read()
+        seen.extend(lines)
+        return lines
+
+    yield new
+    new()
+    if faults := findings(seen):
+        pytest.fail("the kernel log has faults:\n" + "\n".join(faults))

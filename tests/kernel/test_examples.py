@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""The kernel examples, and the session of the reference manual as it is written there."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kucomms
+from kucomms.testing import numbered, verify
+
+SYSFS = Path("/sys/devices/virtual/kucomms/kucomms")
+PATIENCE = 120.0
+SESSION = 30.0
+"""Seconds for which the longtest of the session runs."""
+
+COUNTERS = re.compile(
+    r"avail_tx0=\d+ : add_error_count=(\d+) : compare_error_count=(\d+)\n"
+    r"sent_count_0=(\d+) : sent_count_1=(\d+) : received_count_0=(\d+) : received_count_1=(\d+)\n"
+)
+
+
+@pytest.fixture(scope="module")
+def main_module(load, unload):
+    load("kucomms")
+    yield
+    unload("kucomms")
+
+
+@pytest.fixture
+def tutorial(main_module, load, unload):
+    (SYSFS / "create_device").write_text("kucomms_tutorial\n")
+    load("kucomms_tutorial")
+    yield
+    unload("kucomms_tutorial")
+    (SYSFS / "remove_device").write_text("kucomms_tutorial\n")
+
+
+@pytest.mark.asyncio
+async def test_tutorial_echoes(tutorial):
+    count, ahead = 10_000, 500
+    async with kucomms.connect("kernel://tutorial", timeout=PATIENCE) as link:
+        assert link.peer.kernel
+        room = asyncio.Semaphore(ahead)
+
+        async def send():
+            for number in range(count):
+                await room.acquire()
+                await link.send(numbered(number, number % 200, type=number % 7))
+
+        sender = asyncio.ensure_future(send())
+        async with asyncio.timeout(PATIENCE):
+            for number in range(count):
+                message = await link.receive()
+                verify(message, number)
+                assert (message.type, len(message)) == (number % 7, number % 200)
+                room.release()
+        await sender
+        top = kucomms.Message(b"", 2**64 - 1, 2**64 - 1, 2**64 - 1)
+        await link.send(top)
+        assert await asyncio.wait_for(link.receive(), PATIENCE) == top
+
+
+@pytest.mark.asyncio
+async def test_tutorial_keeps_an_echo_of_the_largest_message(tutorial):
+    async with kucomms.connect("kernel://tutorial", ring_size=1 << 14, timeout=PATIENCE) as link:
+        for number in range(20):
+            await link.send(numbered(number, link.max_message_size))
+            verify(await asyncio.wait_for(link.receive(), PATIENCE), number)
+
+
+async def read_late(url):
+    """Send, and read nothing, until all rings are full; then nothing is lost."""
+    count = 300
+    async with kucomms.connect(url, ring_size=1 << 12, timeout=PATIENCE) as link:
+
+        async def send():
+            for number in range(count):
+                await link.send(numbered(number, 1000))
+
+        async with asyncio.timeout(PATIENCE):
+            sender = asyncio.ensure_future(send())
+            span = 1032
+            while link.tx_free >= span or link.rx_free >= span:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            number = 0
+            while number < count:
+                message = await link.receive()
+                if message.type == 0:
+                    verify(message, number)
+                    number += 1
+            await sender
+
+
+@pytest.mark.asyncio
+async def test_tutorial_waits_for_one_who_does_not_read(tutorial):
+    await read_late("kernel://tutorial")
+
+
+@pytest.mark.asyncio
+async def test_tutorial_lets_go_of_one_who_never_reads(tutorial):
+    """An echo that waits for room does not keep the channel."""
+    async with kucomms.connect("kernel://tutorial", ring_size=1 << 12, timeout=PATIENCE) as link:
+        async with asyncio.timeout(PATIENCE):
+            while link.rx_free >= 1032 or link.tx_free >= 1032:
+                with contextlib.suppress(kucomms.QueueFull):
+                    link.send_nowait(bytes(1000))
+                await asyncio.sleep(0)
+    channels = SYSFS.parent / "kucomms_tutorial" / "channels"
+    async with asyncio.timeout(PATIENCE):
+        while int(channels.read_text()):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+def longtest(main_module, load, unload):
+    (SYSFS / "create_device").write_text("kucomms_longtest\n")
+    load("kucomms_longtest")
+    yield
+    unload("kucomms_longtest")
+    (SYSFS / "remove_device").write_text("kucomms_longtest\n")
+
+
+@pytest.mark.asyncio
+async def test_longtest_waits_for_one_who_does_not_read(longtest):
+    await read_late("kernel://longtest")
+
+
+@pytest.mark.asyncio
+async def test_longtest_counts_what_is_wrong(longtest, kernel_log):
+    """An echo that was changed, and one that does not come."""
+    async with kucomms.connect("kernel://longtest", timeout=PATIENCE) as link:
+        async with asyncio.timeout(PATIENCE):
+            for number in range(1, 20):
+                message = await link.receive()
+                assert (message.type, message.id) == (1, number)
+                if number == 5:
+                    await link.send(message, user_value=0)
+                elif number != 9:
+                    await link.send(message)
+    lines = []
+    expected = f"pid {os.getpid()}: avail_tx1="
+    async with asyncio.timeout(PATIENCE):
+        while not any(expected in x and "compare_error_count=2" in x for x in lines):
+            await asyncio.sleep(0)
+            lines += kernel_log()
+
+
+def shell(command):
+    subprocess.run(["sh", "-ec", command], check=True)
+
+
+def test_session_of_the_manual():
+    shell("modprobe kucomms")
+    shell("echo kucomms_longtest > /sys/devices/virtual/kucomms/kucomms/create_device")
+    shell("modprobe kucomms_longtest")
+    longtest = subprocess.Popen(
+        [sys.executable, "-m", "kucomms", "longtest", "kernel://longtest"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):  # time is the subject
+            longtest.communicate(timeout=SESSION)
+        longtest.send_signal(signal.SIGINT)
+        out, err = longtest.communicate(timeout=PATIENCE)
+    finally:
+        longtest.kill()
+        longtest.wait()
+    assert not err
+    counters = [[int(value) for value in found] for found in COUNTERS.findall(out)]
+    assert len(counters) > SESSION / 3, out
+    assert all(errors == [0, 0] for *errors, _, _, _, _ in counters), out
+    for column in range(2, 6):
+        values = [line[column] for line in counters]
+        assert values == sorted(values)
+        assert values[-1] > values[len(values) // 2] > values[0], out
+    assert "longtest A at kernel://longtest: ok" in out
+    assert re.search(r"errors +add_error_count=0 compare_error_count=0\n", out)
+    assert longtest.returncode == 0
+    shell("rmmod kucomms_longtest")
+    shell("rmmod kucomms")

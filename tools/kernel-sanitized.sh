@@ -1,0 +1,72 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# Builds Linux 6.12 with KASAN, UBSAN, lockdep and kmemleak into build/sanitized/ (about ten
+# minutes on two cores, once for each version of Debian's source package), then runs
+# tools/guest.py on it with the arguments given. With --build-only: builds, and runs nothing.
+set -eu
+cd "$(dirname "$0")/.."
+
+JOBS=${JOBS:-$(nproc)}
+PACKAGE=linux-source-6.12
+OUT=build/sanitized
+TREE=$OUT/linux
+
+missing=
+for tool in flex bison bc cpio xz; do
+	command -v $tool >/dev/null || missing="$missing $tool"
+done
+[ -e /usr/include/libelf.h ] || missing="$missing libelf-dev"
+[ -e /usr/include/openssl/ssl.h ] || missing="$missing libssl-dev"
+missing=$(echo "$missing" | sed 's/ xz/ xz-utils/')
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		echo "installing$missing"
+		apt-get update -qq
+		# shellcheck disable=SC2086
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing
+	else
+		echo "the sanitized kernel needs these packages, please install them:$missing" >&2
+		exit 1
+	fi
+fi
+
+if [ ! -e $TREE/Makefile ]; then
+	# The package is unpacked here and not installed: nothing outside build/ changes.
+	rm -rf $OUT
+	mkdir -p $OUT/deb
+	(cd $OUT/deb && apt-get download -qq $PACKAGE)
+	dpkg-deb --fsys-tarfile $OUT/deb/$PACKAGE*.deb |
+		tar -xO --wildcards './usr/src/linux-source-*.tar.xz' >$OUT/source.tar.xz
+	mkdir $OUT/unpacking
+	tar -xJf $OUT/source.tar.xz -C $OUT/unpacking --strip-components=1
+	mv $OUT/unpacking $TREE
+	rm -r $OUT/deb $OUT/source.tar.xz
+fi
+
+if [ ! -e $OUT/built ] || [ tools/sanitizers.config -nt $OUT/built ]; then
+	rm -f $OUT/built
+	log=$OUT/build.log
+	echo "building the sanitized kernel; output in $log"
+	(
+		cd $TREE
+		make tinyconfig
+		scripts/kconfig/merge_config.sh -m .config ../../../tools/sanitizers.config
+		make olddefconfig
+	) >$log 2>&1 || { tail -n 30 $log >&2; exit 1; }
+	# Options that lost a dependency disappear in silence, and the checks with them.
+	for wanted in KASAN KASAN_VMALLOC UBSAN PROVE_LOCKING DEBUG_ATOMIC_SLEEP DEBUG_KMEMLEAK \
+		FAILSLAB FAIL_PAGE_ALLOC IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD; do
+		grep -q "^CONFIG_$wanted=y" $TREE/.config ||
+			{ echo "CONFIG_$wanted is off in $TREE/.config" >&2; exit 1; }
+	done
+	if grep -q '^CONFIG_SLUB_TINY=y' $TREE/.config; then
+		echo "CONFIG_SLUB_TINY is on in $TREE/.config: KASAN would see nothing" >&2
+		exit 1
+	fi
+	make -C $TREE -j"$JOBS" bzImage modules >>$log 2>&1 || { tail -n 30 $log >&2; exit 1; }
+	touch $OUT/built
+fi
+
+[ "${1:-}" != --build-only ] || exit 0
+exec .venv/bin/python tools/guest.py --memory 3G \
+	--vmlinuz $TREE/arch/x86/boot/bzImage --kdir $TREE "$@"
