@@ -689,7 +689,7 @@ BREACHES = {
     "consumer_ahead": bad_consumer(lambda at: at + RING),
     "consumer_far_ahead": bad_consumer(lambda at: at + 2**63),
     "consumer_back": bad_consumer(lambda at: 0, good_turns=3),
-    "consumer_a_frame_back": bad_consumer(lambda at: at - 2 * 1032, good_turns=3),
+    "consumer_a_frame_back": bad_consumer(lambda at: at - 4 * 1032, good_turns=3),
     "consumer_misaligned": bad_consumer(lambda at: at + 4),
     "consumer_below_zero": bad_consumer(lambda at: -8),
     "state_3": bad_state(3),
