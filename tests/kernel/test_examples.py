@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The kernel examples, and the session of the reference manual as it is written there."""
+"""The kernel examples; what the longtest does for half a minute is in test_session.py."""
 
 import asyncio
 import contextlib
 import os
-import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +13,6 @@ from kucomms.testing import numbered, verify
 
 SYSFS = Path("/sys/devices/virtual/kucomms/kucomms")
 PATIENCE = 120.0
-SESSION = 30.0
-"""Seconds for which the longtest of the session runs."""
-
-COUNTERS = re.compile(
-    r"avail_tx0=\d+ : add_error_count=(\d+) : compare_error_count=(\d+)\n"
-    r"sent_count_0=(\d+) : sent_count_1=(\d+) : received_count_0=(\d+) : received_count_1=(\d+)\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -150,40 +139,3 @@ async def test_longtest_counts_what_is_wrong(longtest, kernel_log):
         while not any(expected in x and "compare_error_count=2" in x for x in lines):
             await asyncio.sleep(0)
             lines += kernel_log()
-
-
-def shell(command):
-    subprocess.run(["sh", "-ec", command], check=True)
-
-
-def test_session_of_the_manual():
-    shell("modprobe kucomms")
-    shell("echo kucomms_longtest > /sys/devices/virtual/kucomms/kucomms/create_device")
-    shell("modprobe kucomms_longtest")
-    longtest = subprocess.Popen(
-        [sys.executable, "-m", "kucomms", "longtest", "kernel://longtest"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        with pytest.raises(subprocess.TimeoutExpired):  # time is the subject
-            longtest.communicate(timeout=SESSION)
-        longtest.send_signal(signal.SIGINT)
-        out, err = longtest.communicate(timeout=PATIENCE)
-    finally:
-        longtest.kill()
-        longtest.wait()
-    assert not err
-    counters = [[int(value) for value in found] for found in COUNTERS.findall(out)]
-    assert len(counters) > SESSION / 3, out
-    assert all(errors == [0, 0] for *errors, _, _, _, _ in counters), out
-    for column in range(2, 6):
-        values = [line[column] for line in counters]
-        assert values == sorted(values)
-        assert values[-1] > values[len(values) // 2] > values[0], out
-    assert "longtest A at kernel://longtest: ok" in out
-    assert re.search(r"errors +add_error_count=0 compare_error_count=0\n", out)
-    assert longtest.returncode == 0
-    shell("rmmod kucomms_longtest")
-    shell("rmmod kucomms")
