@@ -39,9 +39,10 @@ static int alloc_pages_of(struct kucomms_channel *channel)
 	for (i = 0; i < count; i++) {
 		if (fatal_signal_pending(current))
 			return -EINTR;
-		/* Charged to the user: its own memory limit stops it. */
+		/* Charged to the user, whose limit is to be an error, no kill. */
 		channel->pages[i] = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO |
-					       __GFP_NOWARN);
+					       __GFP_NOWARN |
+					       __GFP_RETRY_MAYFAIL);
 		if (!channel->pages[i])
 			return -ENOMEM;
 		atomic_long_inc(&kucomms_alive.pages);

@@ -38,6 +38,7 @@ from kucomms.transports.base import (
 __all__ = ["KernelConnection", "device_path", "set_up", "transport"]
 
 _RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a device
+_ANSWER = 1.0  # seconds that the kernel endpoint has for its answer, even when time is up
 _ABSENT = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
 
 
@@ -232,11 +233,12 @@ class KernelTransport:
             raise UsageError(f"{address.url}: owner= means nothing here; the kernel listens")
         loop = asyncio.get_running_loop()
         give_up = None if options.timeout is None else loop.time() + options.timeout
-        once = options.timeout is not None and options.timeout <= 0
         delay = _RETRY_FIRST
         while True:
             try:
-                async with asyncio.timeout_at(None if once else give_up):
+                # What has begun may end: its own error says better what is wrong.
+                last = None if give_up is None else max(give_up, loop.time() + _ANSWER)
+                async with asyncio.timeout_at(last):
                     return await _connect_once(address, options)
             except NotReadyError:
                 # Not waited for with the device open: it could not be removed meanwhile.

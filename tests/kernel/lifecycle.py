@@ -14,9 +14,10 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CONTROL = Path("/sys/devices/virtual/kucomms/kucomms")
@@ -121,6 +122,23 @@ def mappings():
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if "kucomms_" in line]
 
 
+def names():
+    """The devices, and the module that echoes when it is there."""
+    found = {path.name for path in CONTROL.parent.glob("kucomms_*")}
+    if Path("/sys/module/kucomms_tutorial").exists():
+        found.add("module")
+    return found
+
+
+def _sweep(left):
+    """What a test has left is not to be in the way of the next."""
+    if "module" in left:
+        subprocess.run(["rmmod", "kucomms_tutorial"], check=False)
+    for name in left - {"module"}:
+        with suppress(OSError):
+            (CONTROL / "remove_device").write_text(name)
+
+
 @contextmanager
 def all_comes_back(*, all_descriptors=False):
     """The kernel's counts and this process's memory are in the end what they were before.
@@ -134,11 +152,14 @@ def all_comes_back(*, all_descriptors=False):
             found = {fd: what for fd, what in found.items() if "kucomms_" in what}
         return found, mappings()
 
-    before, before_here = alive(), here()
+    before, before_here, before_names = alive(), here(), names()
     yield
     gc.collect()
+    left = names() - before_names
+    _sweep(left)
     until(lambda: alive() == before, lambda: f"{before} before, {alive()} now")
     assert here() == before_here
+    assert not left, f"the test has left {left}"
 
 
 def kernel_thread(name="kucomms_tutorial"):

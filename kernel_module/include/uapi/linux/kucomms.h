@@ -129,11 +129,13 @@ struct kucomms_geometry {
  * the user's. Both are mapped out of the file, MAP_SHARED: side 1 as the user
  * likes, side 0 only for reading.
  *
- * A channel ends with its last mapping or its last descriptor, whichever comes
- * first: a forked child inherits descriptors, but no mappings.
+ * A channel ends with its last mapping, whoever holds descriptors: a forked
+ * child inherits those, but no mappings. One that was never mapped ends with its
+ * last descriptor.
  *
  * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered.
- * After it:
+ * After it, what follows; an epoll that has watched for the former has to be
+ * told anew (EPOLL_CTL_DEL, EPOLL_CTL_ADD).
  *
  *	POLLIN	the kernel has rung for the epoch in which the consumer (the
  *		user) has parked last, see struct kucomms_consumer: there is a
