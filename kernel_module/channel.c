@@ -657,7 +657,7 @@ u64 kucomms_tx_free(struct kucomms_channel *channel)
 EXPORT_SYMBOL_GPL(kucomms_tx_free);
 
 /**
- * kucomms_rx_avail - bytes that the user has sent and no callback has seen yet
+ * kucomms_rx_avail - bytes that the user has sent and no callback has taken yet
  * @channel: the channel
  */
 u64 kucomms_rx_avail(struct kucomms_channel *channel)
@@ -723,6 +723,7 @@ EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
  */
 void kucomms_retry(struct kucomms_channel *channel)
 {
+	set_bit(KUCOMMS_STAYS, &channel->state);
 	set_bit(KUCOMMS_RETRY, &channel->state);
 }
 EXPORT_SYMBOL_GPL(kucomms_retry);

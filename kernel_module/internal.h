@@ -146,7 +146,8 @@ enum {
 	KUCOMMS_USER_GONE,	/* the last descriptor or mapping went */
 	KUCOMMS_CLOSE_WANTED,	/* kucomms_close() was called */
 	KUCOMMS_BROKEN,		/* the user broke the rules */
-	KUCOMMS_RETRY,		/* the message that was handed out stays */
+	KUCOMMS_RETRY,		/* no message callbacks now */
+	KUCOMMS_STAYS,		/* the message in the callback is not taken */
 	KUCOMMS_WORK_AGAIN,	/* the work callback has more to do */
 	KUCOMMS_KICK,		/* the signal is for the runner, too */
 	KUCOMMS_HUNG_UP,	/* for poll: the end, for good */

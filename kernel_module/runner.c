@@ -222,8 +222,10 @@ static void deliver(struct kucomms_runner *runner,
 		memcpy(runner->buffer, view->data, view->length);
 		message.data = runner->buffer;
 	}
+	clear_bit(KUCOMMS_STAYS, &channel->state);
 	runner->endpoint->ops->message(channel, &message);
-	if (test_bit(KUCOMMS_RETRY, &channel->state))
+	/* Not KUCOMMS_RETRY: kucomms_resume() may have come before this. */
+	if (test_and_clear_bit(KUCOMMS_STAYS, &channel->state))
 		return;
 	channel->messages_received++;
 	channel->bytes_received += view->length;
@@ -413,17 +415,19 @@ static void runner_sleep(struct kucomms_runner *runner)
 static int runner_main(void *data)
 {
 	struct kucomms_runner *runner = data;
-	bool reaping = false;
+	bool reaping = false, more;
 
 	complete(&runner->started);
 	while (!kthread_should_stop()) {
 		if (READ_ONCE(runner->shut))
 			shut(runner);
+		more = serve_all(runner);
+		/* Before it sleeps: nothing would wake it any more. */
 		if (runner->finished && !reaping) {
 			reaping = true;
 			queue_work(kucomms_workqueue, &runner->reap);
 		}
-		if (!serve_all(runner) || runner->finished)
+		if (!more || runner->finished)
 			runner_sleep(runner);
 		run_ticks(runner);
 		cond_resched();

@@ -9,12 +9,14 @@ on the device notices nothing.
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import itertools
 import json
 import os
 import random
 import select
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -51,7 +53,7 @@ from tests.kernel.raw_device import (
     unmap,
     wait,
 )
-from tests.kernel.test_kernel_api import PARAMETERS, SYSFS, test_module
+from tests.kernel.test_kernel_api import PARAMETERS, SHARED_RUNNERS, SYSFS, test_module
 
 ROOT = Path(__file__).resolve().parents[2]
 STORM_SECONDS = 3
@@ -74,7 +76,7 @@ def nothing_is_left(module):
     """Not even of the worst."""
     yield
     give_up = time.monotonic() + PATIENCE
-    while (alive := counters())["channels"]:
+    while (alive := counters())["channels"] or alive["runners"] > SHARED_RUNNERS:
         assert time.monotonic() < give_up, alive
         time.sleep(0.001)
     assert alive["pages"] == 0
@@ -143,12 +145,9 @@ def test_offsets_that_are_none(offset):
 def test_rights_of_each_page(page):
     with raw() as device:
         at = page * PAGE
-        for prot in (READ, READ | WRITE, READ | EXEC, READ | WRITE | EXEC):
-            with refused(errno.EINVAL, errno.EACCES):
+        for prot in (READ, READ | WRITE):
+            with refused(errno.EINVAL):
                 map_memory(device.fd, PAGE, at, prot, PRIVATE)
-        for prot in (EXEC, READ | EXEC, READ | WRITE | EXEC):
-            with refused(errno.EACCES):
-                map_memory(device.fd, PAGE, at, prot)
         found = map_memory(device.fd, PAGE, at, READ)
         with refused(errno.EACCES):
             protect(found, PAGE, READ | EXEC)
@@ -181,11 +180,31 @@ def test_rights_of_the_descriptor(flags):
         assert number == 0
         with refused(errno.EACCES):
             map_memory(fd, PAGE, 4 * PAGE, READ | WRITE)
-        if flags == os.O_RDONLY:
-            found = map_memory(fd, PAGE, 4 * PAGE, READ)
-            with refused(errno.EACCES):
-                protect(found, PAGE, READ | WRITE)
-            unmap(found, PAGE)
+        # who cannot write its own side has no use for the kernel's
+        with refused(errno.EACCES, errno.EINVAL):
+            map_memory(fd, PAGE, 0, READ)
+
+
+def test_never_executable(tmp_path):
+    """Not even where files may be, which is not so in /dev."""
+    device = os.stat("/dev/kucomms_test_quiet")
+    os.mknod(tmp_path / "device", 0o600 | stat.S_IFCHR, device.st_rdev)
+    for path in ("/dev/kucomms_test_quiet", tmp_path / "device"):
+        fd = os.open(path, os.O_RDWR)
+        number, _setup = set_up(fd, ring_size=RING)
+        assert number == 0
+        wrong = errno.EPERM if str(path).startswith("/dev") else errno.EACCES
+        for page in range(8):
+            for prot in (EXEC, READ | EXEC, READ | WRITE | EXEC):
+                with refused(wrong):
+                    map_memory(fd, PAGE, page * PAGE, prot)
+                with refused(wrong, errno.EINVAL):
+                    map_memory(fd, PAGE, page * PAGE, prot, PRIVATE)
+        found = map_memory(fd, 4 * PAGE, 4 * PAGE, READ | WRITE)
+        with refused(errno.EACCES):
+            protect(found, PAGE, READ | EXEC)
+        unmap(found, 4 * PAGE)
+        os.close(fd)
 
 
 def test_mappings_do_not_grow():
@@ -252,6 +271,7 @@ def test_pages_that_were_dropped():
     """Who drops its own pages has none; the channel ends with the process."""
     child = os.fork()
     if not child:
+        faulthandler.disable()  # pytest's: it is meant to die
         device = raw()
         echoes(device)
         with contextlib.suppress(OSError):
@@ -849,7 +869,7 @@ static void change(uint64_t *state, int what)
 		WORD(own + 2 * 4096 + 128) = nearly(state, 1);
 		break;
 	case 's':	/* the state */
-		*(volatile uint32_t *)(own + 4096 + 256) = pick % 64 ? 0 : pick / 64 % 4;
+		*(volatile uint32_t *)(own + 4096 + 256) = pick % 2 ? 0 : pick / 2 % 4;
 		break;
 	default:	/* anything, anywhere */
 		WORD(own + pick % (SIDE / 8) * 8) = nearly(state, pick >> 32);
@@ -1007,7 +1027,7 @@ async def test_everything_is_rewritten_all_the_time(storm, mode):
     else:
         assert broken <= errors <= channels
         assert broken + shut >= channels - 1
-        assert broken > 0
+        assert broken > 0 or (mode == "states" and shut > 0)
 
 
 @pytest.mark.asyncio

@@ -52,7 +52,6 @@ enum {
 	TEST_TIMER_TICKS,
 	TEST_CHECKSUM,		/* is the data stable for MICROSECONDS? */
 	TEST_MEET,		/* wait until two callbacks wait at once */
-	TEST_PAUSE,		/* answer, no more messages for MILLISECONDS */
 };
 
 /* Types of what comes without having been asked for. */
@@ -436,6 +435,11 @@ static void test_retry(struct kucomms_channel *channel, const struct kucomms_mes
 {
 	struct test_channel *test = kucomms_channel_priv(channel);
 	u64 count = test_argument(message, 0), how = test_argument(message, 1);
+	struct kucomms_message answer = {
+		.type = TEST_RETRY,
+		.id = message->id,
+		.length = sizeof(test->handed),
+	};
 
 	if (++test->handed < count) {
 		kucomms_retry(channel);
@@ -445,8 +449,11 @@ static void test_retry(struct kucomms_channel *channel, const struct kucomms_mes
 			msleep(test_argument(message, 3));
 		return;
 	}
-	test_answer_number(channel, message, test->handed);
-	test->handed = 0;
+	answer.data = &test->handed;
+	if (kucomms_send(channel, &answer) == -EAGAIN)
+		kucomms_retry(channel);
+	else
+		test->handed = 0;
 }
 
 static void test_close_channel(struct kucomms_channel *channel,
