@@ -99,6 +99,7 @@ static void channel_release_work(struct work_struct *work)
 		container_of(work, struct kucomms_channel, release);
 
 	irq_work_sync(&channel->signal);
+	kucomms_debugfs_remove(channel);
 	channel_free(channel);
 }
 
@@ -190,7 +191,7 @@ EXPORT_SYMBOL_GPL(kucomms_channel_get);
  * kucomms_channel_put - the opposite of kucomms_channel_get()
  * @channel: the channel
  *
- * Any context but NMI.
+ * Any context that may wake a task: not NMI, not under a scheduler's lock.
  */
 void kucomms_channel_put(struct kucomms_channel *channel)
 {
@@ -303,7 +304,8 @@ static void signal_work(struct irq_work *work)
 void kucomms_channel_signal(struct kucomms_channel *channel)
 {
 	/* Who holds a lock of the scheduler cannot wake anybody. */
-	if (in_interrupt() || irqs_disabled())
+	if (in_interrupt() || irqs_disabled() ||
+	    (IS_ENABLED(CONFIG_PREEMPT_RT) && !preemptible()))
 		irq_work_queue(&channel->signal);
 	else
 		signal_now(channel);
@@ -360,22 +362,23 @@ static int why_closed(struct kucomms_channel *channel)
 static int reserve(struct kucomms_channel *channel, u32 length, u32 flags,
 		   struct kucomms_frame **frame)
 {
+	u64 span = kucomms_frame_span(length);
 	int err;
 
 	if (!channel->tx_open ||
 	    test_bit(KUCOMMS_USER_GONE, &channel->state))
 		return why_closed(channel);
-	do {
+	err = kucomms_ring_reserve(&channel->tx, length, flags, frame);
+	/* Ask for the doorbell: with it the work callback is called. */
+	if (err == -EAGAIN && kucomms_ring_park_for_space(&channel->tx, span))
 		err = kucomms_ring_reserve(&channel->tx, length, flags, frame);
-		/* Ask for the doorbell: with it the work callback is called. */
-	} while (err == -EAGAIN &&
-		 kucomms_ring_park_for_space(&channel->tx,
-					     kucomms_frame_span(length)));
 	if (!err) {
 		channel->messages_sent++;
 		channel->bytes_sent += length;
 	} else if (err == -EAGAIN) {
 		channel->full++;
+		/* Not forgotten when a smaller one fits meanwhile. */
+		channel->short_of = min(channel->short_of ?: span, span);
 	}
 	return err;
 }
@@ -392,13 +395,30 @@ static int reserve_locked(struct kucomms_channel *channel, u32 length,
 	return err;
 }
 
+/*
+ * As kucomms_ring_wake_consumer(), for any number of senders: what was rung for
+ * never goes back, or poll() would miss it.
+ */
+static bool must_ring(struct kucomms_channel *channel)
+{
+	u64 epoch, rung;
+
+	/* pairs with smp_mb() in kucomms_ring_park_for_data() */
+	smp_mb();
+	epoch = READ_ONCE(channel->tx.peer->parked);
+	rung = READ_ONCE(channel->tx.rung);
+	while ((s64)(epoch - rung) > 0)
+		if (try_cmpxchg64(&channel->tx.rung, &rung, epoch))
+			return true;
+	return false;
+}
+
 /* After a reserve, and the commit if it was one. */
 static int sent(struct kucomms_channel *channel, int err)
 {
 	if (err == -EPROTO)
 		kucomms_channel_broken(channel);
-	else if ((!err || err == -EAGAIN) &&
-		 kucomms_ring_wake_consumer(&channel->tx))
+	else if ((!err || err == -EAGAIN) && must_ring(channel))
 		ring_user(channel);
 	return err;
 }
@@ -421,8 +441,8 @@ static int send_message(struct kucomms_channel *channel,
 	int err;
 
 	/*
-	 * Pairs with synchronize_rcu_expedited() in hang_up(): what was reserved
-	 * before is committed before the user sees the end.
+	 * Pairs with synchronize_rcu_expedited() in end_channel() and shut():
+	 * what was reserved is committed before the user sees the end.
 	 */
 	rcu_read_lock();
 	if (locked)
@@ -462,8 +482,9 @@ EXPORT_SYMBOL_GPL(kucomms_send);
  * @channel: to whom
  * @message: as for kucomms_send()
  *
- * Nobody else may send on this channel at the same time: usually its callbacks
- * alone do. Context and return as kucomms_send().
+ * From the channel's callbacks only, which the endpoint's thread calls: it looks
+ * after the sender's state too. Nobody else may send on the channel in any way.
+ * Return as kucomms_send().
  */
 int kucomms_send_unlocked(struct kucomms_channel *channel,
 			  const struct kucomms_message *message)
@@ -561,7 +582,7 @@ static void end_loan(struct kucomms_channel *channel,
  * @channel: to whom
  * @message: from kucomms_reserve(); not to be used any more
  *
- * Any context but NMI.
+ * When the channel was closed meanwhile, it is dropped. Any context but NMI.
  */
 void kucomms_commit(struct kucomms_channel *channel,
 		    struct kucomms_message *message)
@@ -617,11 +638,17 @@ bool kucomms_channel_room(struct kucomms_channel *channel)
 	unsigned long irq;
 	bool room = false;
 
+	if (!READ_ONCE(channel->short_of))
+		return false;
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	if (channel->tx.wanted && channel->tx_open)
+	if (channel->short_of && channel->tx_open)
 		room = kucomms_ring_park_for_space(&channel->tx,
-						   channel->tx.wanted);
+						   channel->short_of);
+	if (room)
+		channel->short_of = 0;
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	if (!room)
+		sent(channel, -EAGAIN);
 	return room;
 }
 
@@ -635,14 +662,11 @@ bool kucomms_channel_room(struct kucomms_channel *channel)
  */
 u64 kucomms_tx_avail(struct kucomms_channel *channel)
 {
-	unsigned long irq;
-	u64 waiting;
+	u64 waiting = READ_ONCE(channel->tx.position) -
+		      READ_ONCE(channel->tx.peer->position);
 
-	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	kucomms_ring_refresh_consumed(&channel->tx);
-	waiting = channel->tx.position - channel->tx.consumed;
-	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
-	return waiting;
+	/* The user may write any number there. */
+	return min(waiting, channel->ring_size);
 }
 EXPORT_SYMBOL_GPL(kucomms_tx_avail);
 
@@ -719,7 +743,8 @@ EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
  * To be called from the message callback, which then gets the same message
  * again: as soon as there is room after a send to this channel has met -EAGAIN,
  * or after kucomms_resume(), or when the user is gone. No other message of the
- * channel comes meanwhile, and when its ring is full, the user waits.
+ * channel comes meanwhile, and when its ring is full, the user waits. A hostile
+ * user may have changed the message by then.
  */
 void kucomms_retry(struct kucomms_channel *channel)
 {
@@ -736,6 +761,8 @@ EXPORT_SYMBOL_GPL(kucomms_retry);
  */
 void kucomms_resume(struct kucomms_channel *channel)
 {
+	/* Also when it comes before the retry itself. */
+	set_bit(KUCOMMS_RESUMED, &channel->state);
 	clear_bit(KUCOMMS_RETRY, &channel->state);
 	set_bit(KUCOMMS_KICK, &channel->state);
 	kucomms_channel_signal(channel);

@@ -49,6 +49,8 @@ static int channel_show(struct seq_file *file, void *unused)
 		   atomic64_read(&channel->doorbells_rung));
 	seq_printf(file, "doorbells_heard %lld\n",
 		   atomic64_read(&channel->doorbells_heard));
+	seq_printf(file, "ticks_missed %llu\n",
+		   READ_ONCE(channel->ticks_missed));
 	seq_printf(file, "tx_high_water %llu\n",
 		   READ_ONCE(channel->tx.high_water));
 	seq_printf(file, "rx_high_water %llu\n",

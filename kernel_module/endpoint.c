@@ -29,13 +29,20 @@ static u64 ring_size_or(u64 asked, u64 otherwise)
 					  KUCOMMS_RING_MAX));
 }
 
+/* A newer module's structure will do if what we do not know in it is zero. */
+static bool size_fits(const void *data, size_t size, size_t known)
+{
+	return size >= known && size <= PAGE_SIZE &&
+	       !memchr_inv(data + known, 0, size - known);
+}
+
 static int take_options(struct kucomms_endpoint *endpoint,
 			const struct kucomms_endpoint_options *asked)
 {
 	struct kucomms_endpoint_options *options = &endpoint->options;
 
 	if (asked) {
-		if (asked->size != sizeof(*asked) ||
+		if (!size_fits(asked, asked->size, sizeof(*asked)) ||
 		    asked->flags & ~(KUCOMMS_THREAD_PER_CHANNEL |
 				     KUCOMMS_RX_IN_PLACE) ||
 		    asked->hello_length > KUCOMMS_HELLO_MAX ||
@@ -75,7 +82,7 @@ kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 	err = kucomms_check_name(name, strlen(name));
 	if (err)
 		return ERR_PTR(err);
-	if (!ops || ops->size != sizeof(*ops) || !ops->message)
+	if (!ops || !size_fits(ops, ops->size, sizeof(*ops)) || !ops->message)
 		return ERR_PTR(-EINVAL);
 	endpoint = kzalloc(sizeof(*endpoint), GFP_KERNEL);
 	if (!endpoint)
@@ -202,6 +209,7 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 {
 	const struct kucomms_endpoint_options *options = &endpoint->options;
 	struct kucomms_runner *runner = endpoint->shared;
+	int err;
 
 	if (options->max_channels &&
 	    atomic_read(&endpoint->channels) >= options->max_channels)
@@ -210,6 +218,13 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 		runner = kucomms_runner_new(endpoint, false);
 		if (IS_ERR(runner))
 			return PTR_ERR(runner);
+		/* Here, where it is charged to the user whose channel it is. */
+		err = kucomms_runner_grow(runner, channel, GFP_KERNEL_ACCOUNT);
+		if (err) {
+			kthread_stop(runner->task);
+			kucomms_runner_free(runner);
+			return err;
+		}
 		list_add_tail(&runner->list, &endpoint->runners);
 	}
 	atomic_inc(&endpoint->channels);

@@ -48,7 +48,8 @@
 #define KUCOMMS_RING_LIMIT	((u64)SZ_16M)
 #define KUCOMMS_RING_MAX	((u64)SZ_2G)
 #define KUCOMMS_LOAN_LIMIT	64
-#define KUCOMMS_BATCH		64	/* messages of a channel in a row */
+#define KUCOMMS_BATCH		64	/* messages of a channel in a row, */
+#define KUCOMMS_BATCH_BYTES	SZ_256K	/* and bytes, by about */
 
 /**
  * struct kucomms_device - /dev/kucomms_NAME
@@ -143,11 +144,12 @@ struct kucomms_loan {
 /* Bits of kucomms_channel.state. */
 enum {
 	KUCOMMS_OPENED,		/* the open callback has said yes */
-	KUCOMMS_USER_GONE,	/* the last descriptor or mapping went */
+	KUCOMMS_USER_GONE,	/* the last mapping went, or it said so */
 	KUCOMMS_CLOSE_WANTED,	/* kucomms_close() was called */
 	KUCOMMS_BROKEN,		/* the user broke the rules */
 	KUCOMMS_RETRY,		/* no message callbacks now */
 	KUCOMMS_STAYS,		/* the message in the callback is not taken */
+	KUCOMMS_RESUMED,	/* ... and may be handed out again at once */
 	KUCOMMS_WORK_AGAIN,	/* the work callback has more to do */
 	KUCOMMS_KICK,		/* the signal is for the runner, too */
 	KUCOMMS_HUNG_UP,	/* for poll: the end, for good */
@@ -171,6 +173,7 @@ enum {
  * @tx_lock: of all up to @loans
  * @tx: the ring to the user
  * @tx_open: whether anything can be sent
+ * @short_of: a send of so many bytes has met a full ring; 0 for none
  * @loans_out: which of @loans are in use
  * @loans: messages that are written in place
  * @rx: the ring from the user; the runner's own
@@ -206,6 +209,7 @@ struct kucomms_channel {
 	raw_spinlock_t tx_lock;
 	struct kucomms_ring_producer tx;
 	bool tx_open;
+	u64 short_of;
 	u64 messages_sent;
 	u64 bytes_sent;
 	u64 full;
@@ -215,6 +219,7 @@ struct kucomms_channel {
 	struct kucomms_ring_consumer rx;
 	u64 messages_received;
 	u64 bytes_received;
+	u64 ticks_missed;
 	atomic64_t doorbells_rung;
 	atomic64_t doorbells_heard;
 
@@ -271,6 +276,8 @@ void kucomms_channel_stop_sending(struct kucomms_channel *channel);
 struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
 					  bool shared);
 void kucomms_runner_free(struct kucomms_runner *runner);
+int kucomms_runner_grow(struct kucomms_runner *runner,
+			struct kucomms_channel *channel, gfp_t gfp);
 void kucomms_runner_attach(struct kucomms_runner *runner,
 			   struct kucomms_channel *channel);
 void kucomms_channel_kick(struct kucomms_channel *channel);

@@ -73,7 +73,6 @@ static void detach(struct kucomms_runner *runner,
 	raw_spin_unlock(&runner->lock);
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
 	list_del_init(&channel->attached);
-	kucomms_debugfs_remove(channel);
 	atomic_dec(&runner->endpoint->channels);
 	/* The last use of the device: now it may be removed. */
 	atomic_dec(&channel->device->channels);
@@ -87,6 +86,8 @@ static void hang_up(struct kucomms_channel *channel, u32 state)
 {
 	if (state != KUCOMMS_STATE_OPEN)
 		kucomms_ring_set_state(&channel->tx, state);
+	/* Who sees the end must see why. */
+	smp_mb__before_atomic();
 	set_bit(KUCOMMS_HUNG_UP, &channel->state);
 	kucomms_channel_signal(channel);
 }
@@ -145,8 +146,9 @@ static void shut(struct kucomms_runner *runner)
 
 /* ---- callbacks ----------------------------------------------------------- */
 
-static int grow_buffer(struct kucomms_runner *runner,
-		       struct kucomms_channel *channel)
+/* Make the buffer large enough for this channel. Not while the thread uses it. */
+int kucomms_runner_grow(struct kucomms_runner *runner,
+			struct kucomms_channel *channel, gfp_t gfp)
 {
 	size_t size = channel->ring_size - KUCOMMS_HEADER_SIZE;
 	void *buffer;
@@ -154,7 +156,7 @@ static int grow_buffer(struct kucomms_runner *runner,
 	if (runner->endpoint->options.flags & KUCOMMS_RX_IN_PLACE ||
 	    size <= runner->buffer_size)
 		return 0;
-	buffer = kvmalloc(size, GFP_KERNEL);
+	buffer = kvmalloc(size, gfp | __GFP_NOWARN | __GFP_RETRY_MAYFAIL);
 	if (!buffer)
 		return -ENOMEM;
 	kvfree(runner->buffer);
@@ -176,10 +178,11 @@ static void open_channel(struct kucomms_runner *runner,
 	};
 	int err;
 
-	err = grow_buffer(runner, channel);
+	err = kucomms_runner_grow(runner, channel, GFP_KERNEL);
 	if (!err && endpoint->ops->open)
 		err = endpoint->ops->open(channel, &peer);
-	if (err > 0 || err < -MAX_ERRNO)
+	/* What is no errno, or would have the system call begun again. */
+	if (err > 0 || err <= -ERESTARTSYS || err == -EINTR)
 		err = -EIO;
 	if (!err) {
 		if (list_empty(&runner->channels)) {
@@ -223,10 +226,14 @@ static void deliver(struct kucomms_runner *runner,
 		message.data = runner->buffer;
 	}
 	clear_bit(KUCOMMS_STAYS, &channel->state);
+	clear_bit(KUCOMMS_RESUMED, &channel->state);
 	runner->endpoint->ops->message(channel, &message);
 	/* Not KUCOMMS_RETRY: kucomms_resume() may have come before this. */
-	if (test_and_clear_bit(KUCOMMS_STAYS, &channel->state))
+	if (test_and_clear_bit(KUCOMMS_STAYS, &channel->state)) {
+		if (test_and_clear_bit(KUCOMMS_RESUMED, &channel->state))
+			clear_bit(KUCOMMS_RETRY, &channel->state);
 		return;
+	}
 	channel->messages_received++;
 	channel->bytes_received += view->length;
 	trace_kucomms_receive(channel->serial, view->type, view->id,
@@ -249,6 +256,7 @@ static int drain(struct kucomms_runner *runner,
 		 struct kucomms_channel *channel)
 {
 	u64 most = channel->ring_size / 4, before = channel->rx.position;
+	const u64 begin = before;
 	struct kucomms_view view;
 	int err = 0, count;
 
@@ -264,6 +272,9 @@ static int drain(struct kucomms_runner *runner,
 			release(channel);
 			before = channel->rx.position;
 		}
+		if (channel->rx.position - begin >= KUCOMMS_BATCH_BYTES)
+			break;
+		cond_resched();
 	}
 	release(channel);
 	return err;
@@ -304,16 +315,17 @@ static bool serve(struct kucomms_runner *runner,
 		clear_bit(KUCOMMS_RETRY, &channel->state);
 		call_work(runner, channel);
 	}
-	/* There it would wait for room that never comes. */
-	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
-		clear_bit(KUCOMMS_RETRY, &channel->state);
-	if (test_bit(KUCOMMS_RETRY, &channel->state))
-		return false;
-
 	/* First whether more can come, then what has come. */
 	state = kucomms_ring_peer_state(&channel->rx);
-	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
+	if (state != KUCOMMS_STATE_OPEN)
+		set_bit(KUCOMMS_USER_GONE, &channel->state);
+	if (test_bit(KUCOMMS_USER_GONE, &channel->state)) {
 		channel->rx.final = 1;
+		/* There will never be room: the next send says so. */
+		clear_bit(KUCOMMS_RETRY, &channel->state);
+	}
+	if (test_bit(KUCOMMS_RETRY, &channel->state))
+		return false;
 	err = state > KUCOMMS_STATE_SHUTDOWN ? -EPROTO : drain(runner, channel);
 	if (err == -EPROTO) {
 		kucomms_channel_broken(channel);
@@ -321,7 +333,7 @@ static bool serve(struct kucomms_runner *runner,
 	}
 	if (err != -EAGAIN)
 		return !test_bit(KUCOMMS_RETRY, &channel->state);
-	if (channel->rx.final || state != KUCOMMS_STATE_OPEN) {
+	if (channel->rx.final) {
 		end_channel(runner, channel, KUCOMMS_STATE_OPEN);
 		return false;
 	}
@@ -330,15 +342,19 @@ static bool serve(struct kucomms_runner *runner,
 
 /* ---- ticks --------------------------------------------------------------- */
 
-/* Whether @deadline has come; it moves to the next one, without making up. */
-static bool is_due(ktime_t *deadline, u64 period, ktime_t now)
+/*
+ * How many periods have ended at @deadline and since: all but the last of them
+ * are missed. The deadline moves to the next one that is to come.
+ */
+static u64 due(ktime_t *deadline, u64 period, ktime_t now)
 {
+	u64 count;
+
 	if (ktime_before(now, *deadline))
-		return false;
-	*deadline = ktime_add_ns(*deadline,
-				 period * (1 + div64_u64(ktime_to_ns(ktime_sub(now, *deadline)),
-							 period)));
-	return true;
+		return 0;
+	count = 1 + div64_u64(ktime_to_ns(ktime_sub(now, *deadline)), period);
+	*deadline = ktime_add_ns(*deadline, period * count);
+	return count;
 }
 
 static void run_ticks(struct kucomms_runner *runner)
@@ -346,16 +362,27 @@ static void run_ticks(struct kucomms_runner *runner)
 	const struct kucomms_endpoint_ops *ops = runner->endpoint->ops;
 	struct kucomms_channel *channel;
 	ktime_t now;
+	u64 count;
 
 	if (list_empty(&runner->channels) || (!ops->work && !ops->timer))
 		return;
 	now = ktime_get();
-	if (is_due(&runner->next_work, WORK_PERIOD, now) && ops->work)
-		list_for_each_entry(channel, &runner->channels, attached)
+	count = due(&runner->next_work, WORK_PERIOD, now);
+	if (count && ops->work) {
+		list_for_each_entry(channel, &runner->channels, attached) {
+			channel->ticks_missed += count - 1;
 			call_work(runner, channel);
-	if (is_due(&runner->next_timer, TIMER_PERIOD, now) && ops->timer)
-		list_for_each_entry(channel, &runner->channels, attached)
+			cond_resched();
+		}
+	}
+	count = due(&runner->next_timer, TIMER_PERIOD, now);
+	if (count && ops->timer) {
+		list_for_each_entry(channel, &runner->channels, attached) {
+			channel->ticks_missed += count - 1;
 			ops->timer(channel, ktime_get_ns());
+			cond_resched();
+		}
+	}
 }
 
 /* ---- the thread ---------------------------------------------------------- */
@@ -485,7 +512,7 @@ struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
 	struct kucomms_runner *runner;
 	struct task_struct *task;
 
-	runner = kzalloc(sizeof(*runner), GFP_KERNEL);
+	runner = kzalloc(sizeof(*runner), GFP_KERNEL_ACCOUNT);
 	if (!runner)
 		return ERR_PTR(-ENOMEM);
 	INIT_LIST_HEAD(&runner->list);

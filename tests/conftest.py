@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What all tests share: every asynchronous test runs on asyncio and on uvloop."""
+"""What all tests share: every asynchronous test runs on asyncio and on uvloop.
+
+But for those of modules that say otherwise with ``LOOPS``, since the loop is not what they test.
+"""
 
 import asyncio
 import os
@@ -14,7 +17,9 @@ collect_ignore = [] if "KUCOMMS_MODULES" in os.environ else ["kernel"]
 
 
 def pytest_asyncio_loop_factories(config, item):
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    wanted = getattr(item.module, "LOOPS", loops)
+    return {name: loops[name] for name in wanted}
 
 
 @pytest.fixture(autouse=True)

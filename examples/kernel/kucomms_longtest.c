@@ -136,7 +136,7 @@ static void longtest_echo(struct kucomms_channel *channel,
 	}
 	if (!err)
 		test->sent[LONGTEST_USER]++;
-	else if (err != -ESHUTDOWN)
+	else if (err != -ESHUTDOWN && err != -EPROTO)
 		test->add_errors++;
 	test->received[LONGTEST_USER]++;
 	if (!test->known)
@@ -187,7 +187,7 @@ static bool longtest_send_own(struct kucomms_channel *channel, struct longtest *
 	message.data = test->data;
 	err = kucomms_send_unlocked(channel, &message);
 	if (err) {
-		if (err != -ESHUTDOWN)
+		if (err != -ESHUTDOWN && err != -EPROTO)
 			test->add_errors++;
 		return false;
 	}

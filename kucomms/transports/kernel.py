@@ -12,6 +12,7 @@ import asyncio
 import errno
 import os
 import select
+import threading
 from collections.abc import Callable
 
 from kucomms import _core
@@ -54,11 +55,12 @@ class KernelConnection(Connection):
     is nothing to be taken back when nobody wants to hear more of it.
     """
 
-    def __init__(self, url: str, channel: _core.Channel, peer: Peer, fd: int) -> None:
+    def __init__(
+        self, url: str, channel: _core.Channel, peer: Peer, fd: int, epoll: select.epoll
+    ) -> None:
         super().__init__(url, channel, peer)
         self._fd = fd
-        self._epoll = select.epoll()
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        self._epoll = epoll
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken: Callable[[], None]
         self._gone: Callable[[KucommsError | None], None]
@@ -131,36 +133,46 @@ def _open(address: Address) -> int:
 
 
 def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnection:
-    """Make a link of an open device, which it takes over.
+    """Make a link of an open device, which it takes over, also when it fails.
 
-    Raises NotReadyError when no endpoint is registered, BusyError, VersionError,
-    TransportError; then ``fd`` is still the caller's.
+    May wait for the endpoint's open callback. Raises NotReadyError when no endpoint is
+    registered, BusyError, VersionError, TransportError.
     """
     url = address.url
-    record = _core.new_setup()
-    record.version = lib.KUCOMMS_ABI_VERSION
-    record.features = lib.KUCOMMS_FEATURES
-    record.ring_size = options.ring_size
-    record.hello_length = len(options.hello)
-    record.hello[0 : len(options.hello)] = options.hello
-    number = _core.ioctl_setup(fd, record)
-    if number:
-        raise _refused(url, number, record)
     half = None
+    epoll = None
     try:
+        epoll = select.epoll()
+        record = _core.new_setup()
+        record.version = lib.KUCOMMS_ABI_VERSION
+        record.features = lib.KUCOMMS_FEATURES
+        record.ring_size = options.ring_size
+        record.hello_length = len(options.hello)
+        record.hello[0 : len(options.hello)] = options.hello
+        number = _core.ioctl_setup(fd, record)
+        if number:
+            raise _refused(url, number, record)
         ring_size = int(record.ring_size)
         if record.side_size != _core.side_size(ring_size):
             raise VersionError(
                 f"{url}: the module lays its memory out otherwise than this version of kucomms; "
                 "use the same version of both"
             )
+        # An epoll that was told before the set-up would not hear of what comes after it.
+        epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         half = _core.HalfChannel(url, 1, ring_size, fd, int(record.side_offset[1]))
         channel = half.attach(fd, int(record.side_offset[0]))
-    finally:
+    except BaseException as error:
         if half is not None:
             half.close()
+        if epoll is not None:
+            epoll.close()
+        os.close(fd)
+        if isinstance(error, OSError) and not isinstance(error, KucommsError):
+            raise _core.os_error(error.errno or 0, f"{url}: cannot watch the device") from error
+        raise
     hello = bytes(record.hello[0 : record.hello_length])
-    return KernelConnection(url, channel, Peer(hello=hello, kernel=True), fd)
+    return KernelConnection(url, channel, Peer(hello=hello, kernel=True), fd, epoll)
 
 
 def _refused(url: str, number: int, record: object) -> KucommsError:
@@ -188,25 +200,47 @@ def _refused(url: str, number: int, record: object) -> KucommsError:
 
 
 async def _connect_once(address: Address, options: ConnectOptions) -> Connection:
-    """One try. The set-up may wait for the endpoint's open callback, so it has a thread."""
+    """One try. The set-up may wait for the endpoint's open callback, so it has a thread.
+
+    A daemon thread, and not the loop's executor: a callback that blocks for ever must not
+    keep this process from ending.
+    """
+    loop = asyncio.get_running_loop()
+    made: asyncio.Future[Connection] = loop.create_future()
     fd = _open(address)
-    made = asyncio.get_running_loop().run_in_executor(None, set_up, address, options, fd)
+
+    def deliver(connection: KernelConnection | None, error: BaseException | None) -> None:
+        if error is not None:
+            if not made.done():
+                made.set_exception(error)
+        elif connection is not None:
+            if made.done():
+                _drop(connection)  # nobody waits any more
+            else:
+                made.set_result(connection)
+
+    def run() -> None:
+        connection = error = None
+        try:
+            connection = set_up(address, options, fd)
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(deliver, connection, error)
+        except RuntimeError:  # the loop is closed
+            if connection is not None:
+                _drop(connection)
+
     try:
-        return await asyncio.shield(made)
-    except asyncio.CancelledError:
-        made.add_done_callback(lambda made: _drop(made, fd))
-        raise
-    except BaseException:
+        threading.Thread(target=run, name=f"kucomms {address.url}", daemon=True).start()
+    except RuntimeError as failed:
         os.close(fd)
-        raise
+        raise TransportError(errno.EAGAIN, f"{address.url}: {failed}") from failed
+    return await made
 
 
-def _drop(made: asyncio.Future[KernelConnection], fd: int) -> None:
-    """Nobody wants any more what has been made."""
-    if made.exception() is not None:
-        os.close(fd)
-        return
-    connection = made.result()
+def _drop(connection: KernelConnection) -> None:
+    """Close what nobody wants any more."""
     connection.channel.attach(connection.ring)
     connection.channel.stop_sending(_core.STATE_CLOSED)
     connection.close()

@@ -55,6 +55,8 @@ from tests.kernel.raw_device import (
 )
 from tests.kernel.test_kernel_api import PARAMETERS, SHARED_RUNNERS, SYSFS, test_module
 
+LOOPS = ["asyncio"]  # what is tested is the kernel
+
 ROOT = Path(__file__).resolve().parents[2]
 STORM_SECONDS = 3
 RING = PAGE

@@ -17,6 +17,8 @@ import kucomms
 from kucomms import BusyError, PeerClosedError, ShutdownError, TransportError
 from tests.kernel.raw_device import PAGE, PATIENCE, RawDevice, counters
 
+LOOPS = ["asyncio"]  # what is tested is the kernel
+
 pytestmark = pytest.mark.asyncio
 
 SYSFS = Path("/sys/devices/virtual/kucomms/kucomms")

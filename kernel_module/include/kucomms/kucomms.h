@@ -31,7 +31,7 @@ struct kucomms_endpoint;
  * @flags: KUCOMMS_FLAG_REPLY or 0
  * @data: @length bytes. What arrives is a private copy, aligned to 8 bytes and
  *	  valid until the callback returns; with KUCOMMS_RX_IN_PLACE it is in
- *	  the ring, where the user can change it at any time.
+ *	  the ring, where the user can change it at any time, and we cannot.
  */
 struct kucomms_message {
 	u64 type;

@@ -350,7 +350,7 @@ static inline void kucomms_ring_discard(struct kucomms_frame *frame,
  * @p: the producer, after one or many commits
  *
  * Two senders at once may both be told to ring: one bell too many, never one
- * too few.
+ * too few. (The kernel has a doorbell with a level, and so must_ring() of its own.)
  */
 static inline int kucomms_ring_wake_consumer(struct kucomms_ring_producer *p)
 {
@@ -534,7 +534,7 @@ static inline int kucomms_ring_release(struct kucomms_ring_consumer *c)
 	epoch = READ_ONCE(c->peer->parked);
 	if (epoch == c->rung)
 		return 0;
-	c->rung = epoch;
+	WRITE_ONCE(c->rung, epoch);	/* the kernel's poll() reads it */
 	return 1;
 }
 

@@ -161,7 +161,8 @@ struct kucomms_geometry {
  *
  * ENOTCONN no endpoint is registered (yet), EPROTONOSUPPORT unknown version or
  * features, EBUSY the endpoint has all the channels that it takes, EALREADY
- * there is a channel, EINVAL nonsense, ENOMEM; or what the endpoint says.
+ * there is a channel, EINVAL nonsense, ENOMEM; or what the endpoint says, whose
+ * callback is waited for, also with O_NONBLOCK.
  */
 struct kucomms_setup {
 	__u32 version;
@@ -180,7 +181,8 @@ struct kucomms_setup {
 
 /**
  * struct kucomms_wait - KUCOMMS_IOC_WAIT: sleep until the kernel has rung
- * @events: in: KUCOMMS_WAIT_*, not zero; out: those that have come
+ * @events: in: KUCOMMS_WAIT_*, not zero; out: those that have come, none when
+ *	    another thread has parked again meanwhile
  * @reserved: zero
  * @timeout_ns: -1 for ever
  *
