@@ -353,7 +353,7 @@ static void test_loans(struct kucomms_channel *channel, const struct kucomms_mes
 {
 	struct kucomms_message *loans[TEST_LOANS_MAX], *surplus;
 	u64 seed = test_argument(message, 0), answer[4] = {};
-	u32 order[TEST_LOANS_MAX], i, length;
+	u32 i, length;
 
 	for (i = 0; i < TEST_LOANS_MAX; i++) {
 		length = test_random(&seed) % TEST_LENGTH;
@@ -366,7 +366,6 @@ static void test_loans(struct kucomms_channel *channel, const struct kucomms_mes
 		loans[i]->id = i;
 		loans[i]->user_value = length;
 		memset(loans[i]->data, i + length, length);
-		order[i] = i;
 	}
 	surplus = kucomms_reserve(channel, 0);
 	answer[0] = PTR_ERR_OR_ZERO(surplus);
@@ -374,14 +373,14 @@ static void test_loans(struct kucomms_channel *channel, const struct kucomms_mes
 	answer[3] = kucomms_tx_avail(channel);
 	for (; i > 0; i--) {
 		u32 chosen = test_random(&seed) % i;
-		u32 which = order[chosen];
+		struct kucomms_message *loan = loans[chosen];
 
-		order[chosen] = order[i - 1];
+		loans[chosen] = loans[i - 1];
 		if (test_random(&seed) % 3) {
-			answer[1] |= BIT_ULL(which);
-			kucomms_commit(channel, loans[which]);
+			answer[1] |= BIT_ULL(loan->id);
+			kucomms_commit(channel, loan);
 		} else {
-			kucomms_discard(channel, loans[which]);
+			kucomms_discard(channel, loan);
 		}
 	}
 	if (!IS_ERR(surplus))
