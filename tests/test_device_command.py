@@ -14,10 +14,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import structlog
 
 import kucomms
 from kucomms import _core, cli
 from kucomms.cli import device, doctor
+
+
+@pytest.fixture(autouse=True)
+def log_of_the_process():
+    """The command sets where the log goes, to a stream that pytest closes after the test."""
+    yield
+    structlog.reset_defaults()
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = grp.getgrgid(os.getgid()).gr_name
