@@ -78,7 +78,7 @@ def until(condition, what):
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, what() if callable(what) else what
-        time.sleep(0.002)
+        os.sched_yield()
 
 
 def alive():

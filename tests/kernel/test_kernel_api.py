@@ -89,7 +89,7 @@ def nothing_is_left(module):
 async def all_gone():
     async with asyncio.timeout(PATIENCE):
         while (alive := counters())["channels"] or alive["runners"] > SHARED_RUNNERS:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
     assert alive["pages"] == 0
 
 
@@ -438,7 +438,7 @@ async def test_wait_open():
         with pytest.raises(TimeoutError):
             await asyncio.to_thread(wait, "kucomms_test_quiet", milliseconds)
     waiting = asyncio.ensure_future(asyncio.to_thread(wait, "kucomms_test_quiet", -1))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # that time passes is the subject
     assert not waiting.done()
     async with connect("test_quiet"):
         await asyncio.wait_for(waiting, PATIENCE)
@@ -466,7 +466,7 @@ async def test_ticks():
         (begin,) = await ask(link, Do.RESET)
         timer = ()
         while len(timer) < 5:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # time is the subject
             timer = await ask(link, Do.TIMER_TICKS)
         work = await ask(link, Do.WORK_TICKS)
         assert len(work) < 1024
@@ -486,7 +486,7 @@ async def test_missed_ticks_are_left_out():
         (awake,) = await ask(link, Do.SLEEP, 300)
         work = ()
         while not work or work[-1] < awake + 200_000_000:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # time is the subject
             work = await ask(link, Do.WORK_TICKS)
         assert not [tick for tick in work if awake - 290_000_000 < tick < awake]
         after = [tick for tick in work if tick >= awake]
