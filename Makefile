@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+BENCH_STAMP := $(VENV)/installed-bench
 
 RUNS ?= 20
 
-.PHONY: help setup demo test test-kernel test-kernel-sanitized matrix lint lint-kernel clean
+.PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized bench-kernel matrix lint lint-kernel clean
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -16,6 +17,10 @@ help:
 	@echo "make test-kernel the tests of the kernel module, in guests with Linux 6.1 and 6.12"
 	@echo "make test-kernel-sanitized"
 	@echo "                 the same with KASAN, UBSAN, lockdep and kmemleak; builds a kernel first"
+	@echo "make bench       bench-user, then bench-kernel"
+	@echo "make bench-user  kucomms and its peers between two processes; ARGS=--quick takes a minute"
+	@echo "make bench-kernel"
+	@echo "                 kernel and user by kucomms, netlink, BPF rings and others, in a guest"
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make lint        ruff and mypy"
 	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code"
@@ -33,6 +38,17 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+$(BENCH_STAMP): $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+bench: bench-user bench-kernel
+
+bench-user: $(BENCH_STAMP)
+	@sh tools/install-bench-packages.sh
+	$(MAKE) -C bench/core
+	$(BIN)/python -m bench $(ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -56,6 +72,11 @@ test-kernel: setup
 test-kernel-sanitized: setup
 	@sh tools/install-kernel-packages.sh
 	sh tools/kernel-sanitized.sh
+
+bench-kernel: setup
+	@sh tools/install-kernel-packages.sh
+	@sh tools/install-bench-packages.sh
+	$(BIN)/python bench/kernel/run.py
 
 matrix: setup
 	for run in $$(seq $(RUNS)); do \

@@ -126,6 +126,7 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size)
 	raw_spin_lock_init(&channel->runner_lock);
 	INIT_LIST_HEAD(&channel->ready);
 	INIT_LIST_HEAD(&channel->attached);
+	INIT_LIST_HEAD(&channel->drained);
 	init_completion(&channel->opened);
 	init_waitqueue_head(&channel->wait);
 	init_irq_work(&channel->signal, signal_work);
@@ -358,9 +359,15 @@ static int why_closed(struct kucomms_channel *channel)
 	return test_bit(KUCOMMS_BROKEN, &channel->state) ? -EPROTO : -ESHUTDOWN;
 }
 
-/* Take room for a message. The caller is the only one to send, or has the lock. */
-static int reserve(struct kucomms_channel *channel, u32 length, u32 flags,
-		   struct kucomms_frame **frame)
+static void count_sent(struct kucomms_channel *channel, u32 length)
+{
+	channel->messages_sent++;
+	channel->bytes_sent += length;
+}
+
+/* Where the next message goes. The caller is the only sender, or has the lock. */
+static int next_frame(struct kucomms_channel *channel, u32 length,
+		      struct kucomms_frame **frame)
 {
 	u64 span = kucomms_frame_span(length);
 	int err;
@@ -368,14 +375,11 @@ static int reserve(struct kucomms_channel *channel, u32 length, u32 flags,
 	if (!channel->tx_open ||
 	    test_bit(KUCOMMS_USER_GONE, &channel->state))
 		return why_closed(channel);
-	err = kucomms_ring_reserve(&channel->tx, length, flags, frame);
+	err = kucomms_ring_next(&channel->tx, length, frame);
 	/* Ask for the doorbell: with it the work callback is called. */
 	if (err == -EAGAIN && kucomms_ring_park_for_space(&channel->tx, span))
-		err = kucomms_ring_reserve(&channel->tx, length, flags, frame);
-	if (!err) {
-		channel->messages_sent++;
-		channel->bytes_sent += length;
-	} else if (err == -EAGAIN) {
+		err = kucomms_ring_next(&channel->tx, length, frame);
+	if (err == -EAGAIN) {
 		channel->full++;
 		/* Not forgotten when a smaller one fits meanwhile. */
 		channel->short_of = min(channel->short_of ?: span, span);
@@ -383,15 +387,16 @@ static int reserve(struct kucomms_channel *channel, u32 length, u32 flags,
 	return err;
 }
 
-static int reserve_locked(struct kucomms_channel *channel, u32 length,
-			  u32 flags, struct kucomms_frame **frame)
+/* As next_frame(), and hold it. */
+static int reserve(struct kucomms_channel *channel, u32 length,
+		   struct kucomms_frame **frame)
 {
-	unsigned long irq;
-	int err;
+	int err = next_frame(channel, length, frame);
 
-	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	err = reserve(channel, length, flags, frame);
-	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	if (!err) {
+		count_sent(channel, length);
+		kucomms_ring_hold(&channel->tx, *frame, length);
+	}
 	return err;
 }
 
@@ -423,21 +428,57 @@ static int sent(struct kucomms_channel *channel, int err)
 	return err;
 }
 
+/* Write all of a message but its control word. */
 static void fill(struct kucomms_frame *frame,
-		 const struct kucomms_message *message, u32 flags)
+		 const struct kucomms_message *message)
 {
 	frame->type = message->type;
 	frame->id = message->id;
 	frame->user_value = message->user_value;
 	memcpy(frame + 1, message->data, message->length);
-	kucomms_ring_commit(frame, message->length, flags);
+}
+
+/* As the only one to send, or with the lock held. */
+static int put(struct kucomms_channel *channel,
+	       const struct kucomms_message *message, u32 flags)
+{
+	struct kucomms_frame *frame;
+	int err = next_frame(channel, message->length, &frame);
+
+	if (!err) {
+		count_sent(channel, message->length);
+		fill(frame, message);
+		kucomms_ring_publish(&channel->tx, frame, message->length,
+				     flags);
+	}
+	return err;
+}
+
+static int put_locked(struct kucomms_channel *channel,
+		      const struct kucomms_message *message, u32 flags)
+{
+	struct kucomms_frame *frame;
+	unsigned long irq;
+	int err;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	if (message->length <= KUCOMMS_PUT_MAX)
+		err = put(channel, message, flags);
+	else
+		err = reserve(channel, message->length, &frame);
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	/* A long copy does not keep interrupts and the others waiting. */
+	if (!err && message->length > KUCOMMS_PUT_MAX) {
+		fill(frame, message);
+		kucomms_ring_commit(frame, message->length, flags);
+	}
+	return err;
 }
 
 static int send_message(struct kucomms_channel *channel,
 			const struct kucomms_message *message, u32 flags,
 			bool locked)
 {
-	struct kucomms_frame *frame;
 	int err;
 
 	/*
@@ -446,11 +487,9 @@ static int send_message(struct kucomms_channel *channel,
 	 */
 	rcu_read_lock();
 	if (locked)
-		err = reserve_locked(channel, message->length, flags, &frame);
+		err = put_locked(channel, message, flags);
 	else
-		err = reserve(channel, message->length, flags, &frame);
-	if (!err)
-		fill(frame, message, flags);
+		err = put(channel, message, flags);
 	rcu_read_unlock();
 	trace_kucomms_send(channel->serial, message->type, message->id,
 			   message->length, err);
@@ -541,9 +580,10 @@ struct kucomms_message *kucomms_reserve(struct kucomms_channel *channel,
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
 	slot = find_first_zero_bit(channel->loans_out, KUCOMMS_LOAN_LIMIT);
 	if (slot < KUCOMMS_LOAN_LIMIT) {
-		err = reserve(channel, length, 0, &frame);
+		err = reserve(channel, length, &frame);
 		if (!err) {
-			__set_bit(slot, channel->loans_out);
+			/* Atomic: end_loan() clears without the lock. */
+			set_bit(slot, channel->loans_out);
 			loan = &channel->loans[slot];
 		}
 	}
@@ -563,17 +603,10 @@ struct kucomms_message *kucomms_reserve(struct kucomms_channel *channel,
 EXPORT_SYMBOL_GPL(kucomms_reserve);
 
 static void end_loan(struct kucomms_channel *channel,
-		     struct kucomms_loan *loan, bool dropped)
+		     struct kucomms_loan *loan)
 {
-	unsigned long irq;
-
-	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	__clear_bit(loan - channel->loans, channel->loans_out);
-	if (dropped) {
-		channel->messages_sent--;
-		channel->bytes_sent -= loan->length;
-	}
-	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	/* Who takes the slot next finds us done with it. */
+	clear_bit_unlock(loan - channel->loans, channel->loans_out);
 	sent(channel, 0);
 }
 
@@ -597,7 +630,7 @@ void kucomms_commit(struct kucomms_channel *channel,
 			   loan->length, 0);
 	kucomms_ring_commit(loan->frame, loan->length,
 			    message->flags & KUCOMMS_FLAG_REPLY);
-	end_loan(channel, loan, false);
+	end_loan(channel, loan);
 }
 EXPORT_SYMBOL_GPL(kucomms_commit);
 
@@ -613,11 +646,68 @@ void kucomms_discard(struct kucomms_channel *channel,
 {
 	struct kucomms_loan *loan =
 		container_of(message, struct kucomms_loan, message);
+	unsigned long irq;
 
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	channel->messages_sent--;
+	channel->bytes_sent -= loan->length;
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
 	kucomms_ring_discard(loan->frame, loan->length);
-	end_loan(channel, loan, true);
+	end_loan(channel, loan);
 }
 EXPORT_SYMBOL_GPL(kucomms_discard);
+
+/**
+ * kucomms_reserve_unlocked - begin a message in place, as the only sender
+ * @channel: to whom
+ * @length: of its data
+ *
+ * As kucomms_reserve(), under the conditions of kucomms_send_unlocked(), one at
+ * a time: the message is to be filled in and given to
+ * kucomms_commit_unlocked() before anything else is sent, or forgotten.
+ *
+ * Return: the message, or an error pointer as kucomms_send().
+ */
+struct kucomms_message *
+kucomms_reserve_unlocked(struct kucomms_channel *channel, u32 length)
+{
+	struct kucomms_loan *loan = &channel->loans[0];
+	int err;
+
+	err = next_frame(channel, length, &loan->frame);
+	if (err)
+		return ERR_PTR(sent(channel, err));
+	loan->length = length;
+	loan->message = (struct kucomms_message) {
+		.length = length,
+		.data = loan->frame + 1,
+	};
+	return &loan->message;
+}
+EXPORT_SYMBOL_GPL(kucomms_reserve_unlocked);
+
+/**
+ * kucomms_commit_unlocked - send what kucomms_reserve_unlocked() has begun
+ * @channel: to whom
+ * @message: from there; not to be used any more
+ */
+void kucomms_commit_unlocked(struct kucomms_channel *channel,
+			     struct kucomms_message *message)
+{
+	struct kucomms_loan *loan =
+		container_of(message, struct kucomms_loan, message);
+
+	loan->frame->type = message->type;
+	loan->frame->id = message->id;
+	loan->frame->user_value = message->user_value;
+	count_sent(channel, loan->length);
+	kucomms_ring_publish(&channel->tx, loan->frame, loan->length,
+			     message->flags & KUCOMMS_FLAG_REPLY);
+	trace_kucomms_send(channel->serial, message->type, message->id,
+			   loan->length, 0);
+	sent(channel, 0);
+}
+EXPORT_SYMBOL_GPL(kucomms_commit_unlocked);
 
 /* No more sends; those under way are committed after an RCU grace period. */
 void kucomms_channel_stop_sending(struct kucomms_channel *channel)

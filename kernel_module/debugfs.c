@@ -51,6 +51,10 @@ static int channel_show(struct seq_file *file, void *unused)
 		   atomic64_read(&channel->doorbells_heard));
 	seq_printf(file, "ticks_missed %llu\n",
 		   READ_ONCE(channel->ticks_missed));
+	seq_printf(file, "polls_hit %llu\n", READ_ONCE(channel->polls_hit));
+	seq_printf(file, "polls_missed %llu\n",
+		   READ_ONCE(channel->polls_missed));
+	seq_printf(file, "poll_ns %llu\n", READ_ONCE(channel->poll_ns));
 	seq_printf(file, "tx_high_water %llu\n",
 		   READ_ONCE(channel->tx.high_water));
 	seq_printf(file, "rx_high_water %llu\n",

@@ -57,6 +57,8 @@ static int take_options(struct kucomms_endpoint *endpoint,
 	options->max_ring_size =
 		max(ring_size_or(options->max_ring_size, KUCOMMS_RING_LIMIT),
 		    options->ring_size);
+	options->busy_poll_ns = min_t(u64, options->busy_poll_ns,
+				      KUCOMMS_BUSY_POLL_LIMIT);
 	return 0;
 }
 

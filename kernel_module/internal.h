@@ -48,6 +48,8 @@
 #define KUCOMMS_RING_LIMIT	((u64)SZ_16M)
 #define KUCOMMS_RING_MAX	((u64)SZ_2G)
 #define KUCOMMS_LOAN_LIMIT	64
+#define KUCOMMS_BUSY_POLL_LIMIT	(100 * NSEC_PER_MSEC)
+#define KUCOMMS_PUT_MAX		2048	/* bytes copied with interrupts off */
 #define KUCOMMS_BATCH		64	/* messages of a channel in a row, */
 #define KUCOMMS_BATCH_BYTES	SZ_256K	/* and bytes, by about */
 
@@ -114,6 +116,10 @@ struct kucomms_endpoint {
  * @next_timer: when the next timer tick is due
  * @buffer: for the copy of a message
  * @buffer_size: bytes of @buffer
+ * @drained: channels that were found empty and are not parked; the thread's own
+ * @drained_count: how many
+ * @poll_budget: nanoseconds to spin before the next sleep
+ * @poll_rest: sleeps before spinning is tried again
  * @shut: shut all channels down
  * @finished: its single channel is gone
  * @reap: ends the thread of a single channel
@@ -130,6 +136,10 @@ struct kucomms_runner {
 	ktime_t next_timer;
 	void *buffer;
 	size_t buffer_size;
+	struct list_head drained;
+	unsigned int drained_count;
+	u64 poll_budget;
+	unsigned int poll_rest;
 	bool shut;
 	bool finished;
 	struct work_struct reap;
@@ -178,10 +188,14 @@ enum {
  * @loans: messages that are written in place
  * @rx: the ring from the user; the runner's own
  * @state: KUCOMMS_OPENED ...
+ * @polls_hit: times that the runner has spun for it and something came
+ * @polls_missed: times that it did in vain
+ * @poll_ns: how long that took
  * @runner_lock: of @runner
  * @runner: who serves it; NULL when it is over
  * @ready: in the runner's list
  * @attached: in the runner's list of all
+ * @drained: in the runner's list of those to be parked
  * @opened: the open callback has returned @open_result
  * @open_result: 0 or -errno
  * @mappings: of the pages, in user space
@@ -220,6 +234,9 @@ struct kucomms_channel {
 	u64 messages_received;
 	u64 bytes_received;
 	u64 ticks_missed;
+	u64 polls_hit;
+	u64 polls_missed;
+	u64 poll_ns;
 	atomic64_t doorbells_rung;
 	atomic64_t doorbells_heard;
 
@@ -228,6 +245,7 @@ struct kucomms_channel {
 	struct kucomms_runner *runner;
 	struct list_head ready;
 	struct list_head attached;
+	struct list_head drained;
 	struct completion opened;
 	int open_result;
 

@@ -17,6 +17,7 @@
 
 #define WORK_PERIOD	(NSEC_PER_SEC / 100)
 #define TIMER_PERIOD	NSEC_PER_SEC
+#define POLL_MOST	64	/* channels polled at once; more are parked */
 
 /* ---- who has to be looked at --------------------------------------------- */
 
@@ -43,15 +44,15 @@ void kucomms_channel_kick(struct kucomms_channel *channel)
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
 }
 
-/* The first channel to look at, or NULL. */
-static struct kucomms_channel *next_ready(struct kucomms_runner *runner)
+/* The first channel of a list to look at, or NULL. */
+static struct kucomms_channel *next_of(struct kucomms_runner *runner,
+				       struct list_head *list)
 {
 	struct kucomms_channel *channel;
 	unsigned long irq;
 
 	raw_spin_lock_irqsave(&runner->lock, irq);
-	channel = list_first_entry_or_null(&runner->ready,
-					   struct kucomms_channel, ready);
+	channel = list_first_entry_or_null(list, struct kucomms_channel, ready);
 	if (channel)
 		list_del_init(&channel->ready);
 	raw_spin_unlock_irqrestore(&runner->lock, irq);
@@ -59,6 +60,16 @@ static struct kucomms_channel *next_ready(struct kucomms_runner *runner)
 }
 
 /* ---- the end of a channel ------------------------------------------------ */
+
+/* It is not to be polled, nor parked after polling. */
+static void undrain(struct kucomms_runner *runner,
+		    struct kucomms_channel *channel)
+{
+	if (list_empty(&channel->drained))
+		return;
+	list_del_init(&channel->drained);
+	runner->drained_count--;
+}
 
 /* The runner knows this channel no more. */
 static void detach(struct kucomms_runner *runner,
@@ -73,6 +84,7 @@ static void detach(struct kucomms_runner *runner,
 	raw_spin_unlock(&runner->lock);
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
 	list_del_init(&channel->attached);
+	undrain(runner, channel);
 	atomic_dec(&runner->endpoint->channels);
 	/* The last use of the device: now it may be removed. */
 	atomic_dec(&channel->device->channels);
@@ -123,7 +135,7 @@ static void shut(struct kucomms_runner *runner)
 	struct kucomms_channel *channel, *next;
 
 	/* Those that have only asked. */
-	while ((channel = next_ready(runner))) {
+	while ((channel = next_of(runner, &runner->ready))) {
 		if (!list_empty(&channel->attached))
 			continue;
 		channel->open_result = -ENOTCONN;
@@ -241,10 +253,18 @@ static void deliver(struct kucomms_runner *runner,
 	kucomms_ring_advance(&channel->rx, view);
 }
 
-/* Give space back, and ring when the user waits for it. */
-static void release(struct kucomms_channel *channel)
+/* Give space back; ring when the user waits for it, late while it @goes_on. */
+static void release(struct kucomms_channel *channel, bool goes_on)
 {
-	if (!kucomms_ring_release(&channel->rx))
+	int must_ring;
+
+	if (goes_on) {
+		must_ring = kucomms_ring_release_lazily(&channel->rx);
+	} else {
+		kucomms_ring_give_back(&channel->rx);
+		must_ring = kucomms_ring_wake_producer(&channel->rx);
+	}
+	if (must_ring != 1)
 		return;
 	atomic64_inc(&channel->doorbells_rung);
 	trace_kucomms_wake(channel->serial);
@@ -269,14 +289,16 @@ static int drain(struct kucomms_runner *runner,
 			break;
 		deliver(runner, channel, &view);
 		if (channel->rx.position - before >= most) {
-			release(channel);
+			release(channel, true);
 			before = channel->rx.position;
 		}
 		if (channel->rx.position - begin >= KUCOMMS_BATCH_BYTES)
 			break;
 		cond_resched();
 	}
-	release(channel);
+	/* It goes on at once, but when drained, in error, or told to wait. */
+	release(channel, !err && !test_bit(KUCOMMS_RETRY, &channel->state) &&
+		!test_bit(KUCOMMS_CLOSE_WANTED, &channel->state));
 	return err;
 }
 
@@ -301,6 +323,7 @@ static bool serve(struct kucomms_runner *runner,
 	u32 state;
 	int err;
 
+	undrain(runner, channel);
 	if (test_bit(KUCOMMS_BROKEN, &channel->state)) {
 		end_channel(runner, channel, KUCOMMS_STATE_OPEN);
 		return false;
@@ -335,6 +358,11 @@ static bool serve(struct kucomms_runner *runner,
 		return !test_bit(KUCOMMS_RETRY, &channel->state);
 	if (channel->rx.final) {
 		end_channel(runner, channel, KUCOMMS_STATE_OPEN);
+		return false;
+	}
+	if (runner->poll_budget && runner->drained_count < POLL_MOST) {
+		list_add_tail(&channel->drained, &runner->drained);
+		runner->drained_count++;
 		return false;
 	}
 	return kucomms_ring_park_for_data(&channel->rx);
@@ -387,56 +415,174 @@ static void run_ticks(struct kucomms_runner *runner)
 
 /* ---- the thread ---------------------------------------------------------- */
 
-/* Look at every channel that is ready, once. Return: whether any was. */
+static bool any_ready(struct kucomms_runner *runner)
+{
+	unsigned long irq;
+	bool any;
+
+	raw_spin_lock_irqsave(&runner->lock, irq);
+	any = !list_empty(&runner->ready);
+	raw_spin_unlock_irqrestore(&runner->lock, irq);
+	return any;
+}
+
+/* Look at every channel that is ready now, once. Return: whether any is again. */
 static bool serve_all(struct kucomms_runner *runner)
 {
-	struct kucomms_channel *channel, *first = NULL;
+	struct kucomms_channel *channel;
 	unsigned long irq;
+	LIST_HEAD(round);
 
+	raw_spin_lock_irqsave(&runner->lock, irq);
+	list_splice_init(&runner->ready, &round);
+	raw_spin_unlock_irqrestore(&runner->lock, irq);
 	while (!kthread_should_stop() && !READ_ONCE(runner->shut)) {
-		channel = next_ready(runner);
+		channel = next_of(runner, &round);
 		if (!channel)
-			return first;
+			break;
 		if (list_empty(&channel->attached)) {
 			open_channel(runner, channel);
 		} else if (serve(runner, channel)) {
 			raw_spin_lock_irqsave(&channel->runner_lock, irq);
 			make_ready(runner, channel);
 			raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
-			/* Once round: the ticks and other threads want a turn. */
-			if (!first)
-				first = channel;
-			else if (first == channel)
-				return true;
 		}
 		run_ticks(runner);
 		cond_resched();
 	}
-	return true;
+	/* What was not looked at, because the runner has to stop. */
+	raw_spin_lock_irqsave(&runner->lock, irq);
+	list_splice(&round, &runner->ready);
+	raw_spin_unlock_irqrestore(&runner->lock, irq);
+	return any_ready(runner);
+}
+
+/* When a tick is due, or never. */
+static ktime_t next_tick(struct kucomms_runner *runner)
+{
+	const struct kucomms_endpoint_ops *ops = runner->endpoint->ops;
+	ktime_t deadline = KTIME_MAX;
+
+	if (list_empty(&runner->channels))
+		return deadline;
+	if (ops->work)
+		deadline = runner->next_work;
+	if (ops->timer)
+		deadline = min_t(ktime_t, deadline, runner->next_timer);
+	return deadline;
+}
+
+/* ---- polling before sleeping --------------------------------------------- */
+
+/*
+ * The rule of KVM's halt polling: the budget grows when polling finds something
+ * or would have found it, and shrinks to nothing when not.
+ */
+#define POLL_FIRST	(50 * NSEC_PER_USEC)	/* a peer wakes up in so long */
+#define POLL_LEAST	(20 * NSEC_PER_USEC)	/* less is not worth it */
+#define POLL_REST	16			/* sleeps after polls in vain */
+
+static void poll_grow(struct kucomms_runner *runner)
+{
+	runner->poll_budget = min(max_t(u64, 2 * runner->poll_budget,
+					POLL_FIRST),
+				  runner->endpoint->options.busy_poll_ns);
+}
+
+static void poll_shrink(struct kucomms_runner *runner)
+{
+	runner->poll_budget /= 2;
+	if (runner->poll_budget < POLL_LEAST)
+		runner->poll_budget = 0;
+}
+
+static bool poll_once(struct kucomms_runner *runner)
+{
+	struct kucomms_channel *channel;
+
+	list_for_each_entry(channel, &runner->drained, drained)
+		if (kucomms_ring_has_front(&channel->rx))
+			return true;
+	return false;
+}
+
+/* Spin for the channels that were drained. Whether something came. */
+static bool poll_drained(struct kucomms_runner *runner)
+{
+	ktime_t begin = ktime_get(), now = begin, end;
+	struct kucomms_channel *channel;
+	bool hit = false, ends = false;
+	unsigned int i;
+
+	end = min_t(ktime_t, next_tick(runner),
+		    ktime_add_ns(begin, runner->poll_budget));
+	while (!hit && !ends && ktime_before(now, end)) {
+		for (i = 0; i < 32 && !hit; i++) {
+			hit = poll_once(runner);
+			cpu_relax();
+		}
+		/* Who else wants this processor may be the one to send. */
+		ends = need_resched() || any_ready(runner) ||
+		       kthread_should_stop() || READ_ONCE(runner->shut);
+		now = ktime_get();
+	}
+	list_for_each_entry(channel, &runner->drained, drained) {
+		if (hit)
+			channel->polls_hit++;
+		else
+			channel->polls_missed++;
+		channel->poll_ns += ktime_to_ns(ktime_sub(now, begin));
+	}
+	if (hit) {
+		poll_grow(runner);
+	} else if (!ends || need_resched()) {
+		poll_shrink(runner);
+		if (!runner->poll_budget)
+			runner->poll_rest = POLL_REST;
+	}
+	return hit;
+}
+
+/* Look at all that were drained again, or park them. Whether any is ready. */
+static bool end_drained(struct kucomms_runner *runner, bool hit)
+{
+	struct kucomms_channel *channel, *next;
+	unsigned long irq;
+
+	list_for_each_entry_safe(channel, next, &runner->drained, drained) {
+		undrain(runner, channel);
+		if (!hit && !kucomms_ring_park_for_data(&channel->rx))
+			continue;
+		raw_spin_lock_irqsave(&channel->runner_lock, irq);
+		make_ready(runner, channel);
+		raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+	}
+	return any_ready(runner);
 }
 
 static void runner_sleep(struct kucomms_runner *runner)
 {
-	const struct kucomms_endpoint_ops *ops = runner->endpoint->ops;
-	ktime_t deadline = KTIME_MAX;
-	unsigned long irq;
-	bool idle;
+	u64 limit = runner->endpoint->options.busy_poll_ns;
+	ktime_t deadline = next_tick(runner);
+	ktime_t begin = 0;
 
-	if (!list_empty(&runner->channels)) {
-		if (ops->work)
-			deadline = runner->next_work;
-		if (ops->timer)
-			deadline = min(deadline, runner->next_timer);
-	}
+	if (limit)
+		begin = ktime_get();
 	set_current_state(TASK_IDLE);
-	raw_spin_lock_irqsave(&runner->lock, irq);
-	idle = list_empty(&runner->ready);
-	raw_spin_unlock_irqrestore(&runner->lock, irq);
-	if (idle && !kthread_should_stop() &&
+	if (!any_ready(runner) && !kthread_should_stop() &&
 	    (!READ_ONCE(runner->shut) || runner->finished))
 		schedule_hrtimeout_range(deadline == KTIME_MAX ? NULL : &deadline,
 					 0, HRTIMER_MODE_ABS);
 	__set_current_state(TASK_RUNNING);
+	if (!limit || !any_ready(runner))
+		return;
+	if (ktime_us_delta(ktime_get(), begin) * NSEC_PER_USEC >
+	    (s64)(limit + POLL_FIRST))
+		poll_shrink(runner);
+	else if (runner->poll_rest)
+		runner->poll_rest--;
+	else
+		poll_grow(runner);
 }
 
 static int runner_main(void *data)
@@ -454,6 +600,10 @@ static int runner_main(void *data)
 			reaping = true;
 			queue_work(kucomms_workqueue, &runner->reap);
 		}
+		/* Who is not polled has to be parked, or nobody hears of it. */
+		if (!list_empty(&runner->drained))
+			more |= end_drained(runner,
+					    !more && poll_drained(runner));
 		if (!more || runner->finished)
 			runner_sleep(runner);
 		run_ticks(runner);
@@ -519,6 +669,7 @@ struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
 	raw_spin_lock_init(&runner->lock);
 	INIT_LIST_HEAD(&runner->ready);
 	INIT_LIST_HEAD(&runner->channels);
+	INIT_LIST_HEAD(&runner->drained);
 	init_completion(&runner->started);
 	INIT_WORK(&runner->reap, reap_runner);
 	runner->endpoint = endpoint;

@@ -4,7 +4,8 @@
 One task, the runner, calls every handler, one at a time; so nothing between them
 needs a lock. A turn of it: run what ticks are due, take up to ``batch`` messages of
 each link that has some, give way to the loop. With nothing to do it parks: it asks
-the peers for a doorbell and sleeps until one rings or a tick is due.
+the peers for a doorbell and sleeps until one rings or a tick is due; when messages
+come in quick succession, it polls for a moment before that.
 
 While a handler itself waits for something, ``_watch`` sees to it that the endpoint
 keeps draining: replies reach their requests, other messages wait in the backlog.
@@ -18,16 +19,17 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextvars import ContextVar
+from functools import partial
 from time import monotonic
-from types import TracebackType
+from types import CoroutineType, TracebackType, coroutine
 from typing import Any, TypeVar, overload
 
 import structlog
 
 from kucomms import _core, transports
-from kucomms._core import OK, PROTOCOL
+from kucomms._core import MORE, OK, PAUSE
 from kucomms.exceptions import (
     ClosedError,
     KucommsError,
@@ -38,6 +40,7 @@ from kucomms.exceptions import (
 )
 from kucomms.link import Link
 from kucomms.message import Message
+from kucomms.polling import AdaptivePolling
 from kucomms.scheduler import Scheduler, Ticker
 from kucomms.statistics import EndpointStatistics
 from kucomms.transports.base import (
@@ -51,7 +54,7 @@ from kucomms.zero_copy import borrowed_message, end_borrow
 
 __all__ = ["Connecting", "Endpoint", "connect"]
 
-_core.configure(Message)
+_core.configure(Message, CoroutineType)
 _log = structlog.get_logger("kucomms")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,15 +66,28 @@ OpenHandler = Callable[[Link], Any]
 CloseHandler = Callable[[Link, KucommsError | None], Any]
 ErrorHandler = Callable[[BaseException, str], Any]
 
-_UNLIMITED = 1 << 62
+BUSY_POLL = 50e-6
+"""Seconds that an endpoint polls before it sleeps, at most, unless it is told otherwise.
+
+About what going to sleep and being woken costs: so at worst waiting costs twice what it
+would without.
+"""
+_BATCH_BYTES = 1 << 18
+"""Bytes of a batch, by about: so many that are alive at once still fit into a cache."""
 _GLANCE = 8
 """Messages between two looks at the clock."""
-_HOLD = 0.001
+_HOLD = 0.0002
 """Seconds after which the runner gives way to the loop."""
 _running_for: ContextVar[Endpoint | None] = ContextVar("kucomms_running_for", default=None)
 """The endpoint in whose handler this is; tasks that a handler makes inherit it."""
-_POLL_SLICE = 50e-6
-"""Seconds of polling between two turns of the loop."""
+_POLL_SLICE = 50_000
+"""Nanoseconds of polling between two turns of the loop."""
+_POLL_BRIEFLY = 10_000
+"""The first slice: a task that a handler has woken waits behind it."""
+_POLL_HOLD = (_POLL_SLICE - _POLL_BRIEFLY) * 1e-9
+"""Seconds since the loop's last turn after which it has one before any polling."""
+_POLL_LINKS = 64
+"""Links that are polled at once; more are put to sleep."""
 
 
 class Endpoint:
@@ -80,8 +96,10 @@ class Endpoint:
     ``name`` is for logs and errors. ``work_hz``, ``timer_hz``: calls per second of the
     work and timer handlers. ``backlog``: bytes of messages that may wait here while a
     handler itself waits for something. ``busy_poll``: seconds to poll for more before
-    going to sleep, 0 for never; each slice of it holds up the loop for 50 microseconds
-    at most. ``batch``: messages taken from one link before the others have their turn.
+    going to sleep, at most; 0 for never. How long it really polls follows its success,
+    down to nothing where it does not pay, and the loop has a turn after 50 microseconds
+    of it at most. ``batch``: messages taken from one link before the others have their
+    turn.
 
     Use it as ``async with endpoint:``, once; leaving the block closes every listener
     and link, and cancels a handler that is waiting for something. It belongs to the
@@ -102,7 +120,7 @@ class Endpoint:
         work_hz: float = 100.0,
         timer_hz: float = 1.0,
         backlog: int = 1 << 20,
-        busy_poll: float = 0.0,
+        busy_poll: float = BUSY_POLL,
         batch: int = 128,
     ) -> None:
         if batch < 1:
@@ -114,14 +132,18 @@ class Endpoint:
         self.name = name
         self._rates = {"on_work": work_hz, "on_timer": timer_hz}
         self._backlog_limit = backlog
-        self._busy_poll = busy_poll
+        self._polling = AdaptivePolling(busy_poll)
         self._batch = batch
         self._handlers: dict[str, Callable[..., Any]] = {}
         self._borrowing = False
         self._has_message_handler = False
 
         self._links: dict[Link, None] = {}
+        # to be looked at; found empty since, but not parked yet; with a peer that
+        # waits for space and was not told yet that there is some
         self._ready: deque[Link] = deque()
+        self._drained: dict[Link, None] = {}
+        self._owing: set[Link] = set()
         self._events: deque[tuple[str, Link, KucommsError | None]] = deque()
         self._listeners: list[Listener] = []
         self._scheduler = Scheduler()
@@ -132,6 +154,8 @@ class Endpoint:
         self._ends_with_its_link = False
         self._in_handler = False
         self._watching = False
+        # the batch that is being handled
+        self._in_hand: list[Message] = []
         self._work_again = False
         self._held_since = 0.0
         # what the handler that is running waits for, to be told that it waits in vain
@@ -145,7 +169,9 @@ class Endpoint:
         self._unopened: dict[Link, None] = {}
         # when the callback was scheduled that says that the loop has had a turn, or 0
         self._turn_asked = 0.0
-        self._poll_budget = busy_poll
+        self._is_polling = False
+        self._has_polled = False
+        self._tick_is_due = False
 
         self._message_calls = 0
         self._work_calls = 0
@@ -155,9 +181,6 @@ class Endpoint:
         self._links_opened = 0
         self._links_closed = 0
         self._wakeups = 0
-        self._time_polling = 0.0
-        self._polls_hit = 0
-        self._polls_missed = 0
 
         given = {
             "on_message": on_message,
@@ -424,9 +447,9 @@ class Endpoint:
             links_opened=self._links_opened,
             links_closed=self._links_closed,
             wakeups=self._wakeups,
-            time_polling=self._time_polling,
-            polls_hit=self._polls_hit,
-            polls_missed=self._polls_missed,
+            time_polling=self._polling.nanoseconds / 1e9,
+            polls_hit=self._polling.hits,
+            polls_missed=self._polling.misses,
         )
 
     def _accept(self, connection: Connection) -> None:
@@ -466,21 +489,28 @@ class Endpoint:
         self._held_since = monotonic()
         try:
             while not self._stopping or self._events:
-                self._arm_watch()
                 while self._events:
                     await self._handle_event(*self._events.popleft())
                 if self._stopping:
                     continue
-                await self._run_ticks(again=self._work_again)
+                now = monotonic()
                 for _ in range(len(self._ready)):
+                    await self._serve(self._ready.popleft())
+                    now = monotonic()
+                    if now >= self._scheduler.next_deadline or now - self._held_since > _HOLD:
+                        await self._glance(now)
                     if self._stopping:
                         break
-                    await self._serve(self._ready.popleft())
-                    await self._glance()
-                if self._ready or self._events or self._work_again:
-                    await self._give_way()
-                elif not self._stopping:
-                    await self._park()
+                if self._work_again or now >= self._scheduler.next_deadline:
+                    await self._run_ticks(again=self._work_again)
+                if self._ready or self._events or self._work_again or self._stopping:
+                    if self._drained:
+                        self._park()  # nobody polls them, so they have to be rung for
+                    # also what polling found: it may be nothing to handle, over and over
+                    if now - self._held_since > _HOLD:
+                        await self._give_way()
+                elif not await self._poll() and not self._park():
+                    await self._sleep_until_woken()
         finally:
             self._scheduler.stop()
             for link in list(self._links):
@@ -494,76 +524,98 @@ class Endpoint:
             link._queued = False
             return
         if self._borrowing:
-            count = await self._serve_borrowed(link)
+            more = await self._serve_borrowed(link)
         else:
-            messages: list[Message] = []
-            if link._inbox:
-                while link._inbox and len(messages) < self._batch:
-                    messages.append(link._take_from_inbox())
-            elif not link._over:
-                replies: list[Message] = []
-                status = link._channel.receive(self._batch, _UNLIMITED, messages, replies)
-                if replies:
-                    link._resolve(replies)
-                if status == PROTOCOL:
-                    # what came before the fault is handled first
-                    link._add_to_inbox(messages)
-                    messages = []
-                    link._receive_failed(status)
-                elif status != OK and not link._over:
-                    link._receive_failed(status)
-                if replies and not messages:
-                    self._ready.append(link)
-                    return
-            count = len(messages)
-            if messages:
-                await self._dispatch(messages, link)
-        if count or link._inbox:
+            more = await self._serve_copied(link)
+        if more or link._inbox:
             self._ready.append(link)
-        elif link._over:
-            link._queued = False
         elif link._peer_gone:
             link._queued = False
             link._finish()
-        elif link._channel.park_receive():
-            self._ready.append(link)
         else:
-            link._queued = False
+            self._drained[link] = None
 
-    async def _dispatch(self, messages: list[Message], link: Link) -> None:
-        """Call the message handler for each."""
+    async def _serve_copied(self, link: Link) -> bool:
+        """Call the message handler for what has come. Whether there may be more."""
+        channel, polling = link._channel, self._polling
         handler = self._handlers["on_message"]
-        is_coroutine = inspect.iscoroutinefunction(handler)
+        replies: list[Message] = []
+        self._in_hand = messages = link._take_batch(self._batch)
+        if not messages and link._over:
+            return False
+        poll = _POLL_BRIEFLY if polling.budget and link._can_be_polled else 0
+        limit = self._batch
+        calls, hits, spent = channel.calls, channel.polls_hit, channel.poll_ns
         begin = monotonic()
         self._in_handler = True
         self._serving = link
-        countdown = _GLANCE
-        count = 0
         try:
-            for message in messages:
-                count += 1
+            # Each round goes on where the last one had to stop.
+            while True:
+                status = PAUSE
                 try:
-                    result = handler(message, link)
-                    if is_coroutine or (result is not None and inspect.isawaitable(result)):
-                        await result
+                    result = channel.serve(
+                        handler,
+                        link,
+                        messages,
+                        replies,
+                        limit,
+                        _BATCH_BYTES,
+                        min(self._scheduler.next_deadline, self._held_since + _HOLD),
+                        poll,
+                        self._held_since + _POLL_HOLD,
+                        self._ready,
+                        self._events,
+                        link._inbox,
+                    )
+                    if isinstance(result, int):
+                        status = result
+                    else:
+                        await self._finish_call(*result)
                 except Exception as error:
                     await self._handler_failed(error, "on_message")
                 except asyncio.CancelledError as error:
                     await self._handler_cancelled(error, "on_message")
-                if link._closed_here:
-                    break
-                countdown -= 1
-                if not countdown:
-                    countdown = _GLANCE
-                    await self._glance()
+                if replies:
+                    link._resolve(replies)
+                    replies.clear()
+                if status in (OK, MORE):
+                    if not messages:
+                        return status == MORE
+                    limit = 0  # what came together with a reply
+                elif status != PAUSE:
+                    if not link._over:
+                        # what came before the fault is handled first
+                        link._add_to_inbox(messages)
+                        link._receive_failed(status)
+                    return False
+                now = monotonic()
+                if now >= self._scheduler.next_deadline or now - self._held_since > _HOLD:
+                    await self._glance(now)
+                    limit = 0  # the rest of the batch, then the others
         finally:
             self._in_handler = False
             self._serving = None
-            self._message_calls += count
-            self._time_in_handlers += monotonic() - begin
+            if channel.owing:
+                self._owing.add(link)
+            spent = channel.poll_ns - spent
+            if spent:
+                polling.spun(channel.polls_hit - hits, spent)
+            self._message_calls += channel.calls - calls
+            self._time_in_handlers += monotonic() - begin - spent * 1e-9
 
-    async def _serve_borrowed(self, link: Link) -> int:
-        """As ``_dispatch``, in place: one message at a time."""
+    async def _finish_call(self, result: Any, yielded: Any) -> None:
+        """See a handler to its end that wants to wait, and has yielded something already."""
+        self._arm_watch()
+        if type(result) is CoroutineType:
+            await _go_on(result, yielded)
+            self._held_since = monotonic()  # the loop has had its turn
+        elif inspect.isawaitable(result):
+            await result
+
+    async def _serve_borrowed(self, link: Link) -> bool:
+        """As ``_serve_copied``, in place: one message at a time."""
+        self._arm_watch()
         handler = self._handlers["on_message"]
         count = 0
         countdown = _GLANCE
@@ -601,15 +653,16 @@ class Endpoint:
                 countdown -= 1
                 if not countdown:
                     countdown = _GLANCE
-                    await self._glance()
+                    await self._glance(monotonic())
         finally:
+            if link._channel.owing:
+                self._owing.add(link)
             self._message_calls += count
             self._time_in_handlers += monotonic() - begin
-        return count
+        return count == self._batch
 
-    async def _glance(self) -> None:
+    async def _glance(self, now: float) -> None:
         """Between two messages: ticks that are due, and the loop's other tasks."""
-        now = monotonic()
         if now >= self._scheduler.next_deadline:
             await self._run_ticks()
         if now - self._held_since > _HOLD:
@@ -621,7 +674,8 @@ class Endpoint:
         await asyncio.sleep(0)
         self._in_handler = in_handler
         self._held_since = monotonic()
-        self._arm_watch()
+        if self._borrowing:
+            self._arm_watch()
 
     async def _run_ticks(self, again: bool = False) -> None:
         """Run the tick handlers that are due, and the work handler when it asked."""
@@ -655,6 +709,7 @@ class Endpoint:
         try:
             result = handler(*arguments)
             if inspect.isawaitable(result):
+                self._arm_watch()
                 result = await result
             return result
         except Exception as error:
@@ -673,6 +728,7 @@ class Endpoint:
             try:
                 result = report(error, kind)
                 if inspect.isawaitable(result):
+                    self._arm_watch()
                     await result
                 return
             except asyncio.CancelledError:
@@ -699,20 +755,29 @@ class Endpoint:
 
     # ---- sleeping and waking ------------------------------------------------
 
-    async def _park(self) -> None:
+    def _park(self) -> bool:
+        """Have the peers of drained links ring. Whether something has come meanwhile."""
+        if self._owing:
+            self._tell_of_space()
+        drained, self._drained = self._drained, {}
+        for link in drained:
+            if link._over or link._inbox or link._channel.park_receive():
+                self._ready.append(link)
+            else:
+                link._queued = False
+        return bool(self._ready or self._events)
+
+    async def _sleep_until_woken(self) -> None:
         """Sleep until something wakes us or a tick is due."""
-        if self._busy_poll and await self._poll():
-            # what was found may be nothing to handle, over and over
-            if monotonic() - self._held_since > _HOLD:
-                await self._give_way()
-            return
         deadline = self._scheduler.next_deadline
         self._sleep = self._loop.create_future()
+        self._tick_is_due = False
         timer = None
+        begin = monotonic()
         if deadline != math.inf:
             # asyncio and uvloop round to milliseconds; up, so as not to wake too early
-            delay = math.ceil(max(deadline - monotonic(), 0.0) * 1000) / 1000
-            timer = self._loop.call_later(delay, self._wake)
+            delay = math.ceil(max(deadline - begin, 0.0) * 1000) / 1000
+            timer = self._loop.call_later(delay, self._wake_for_tick)
         try:
             await self._sleep
         finally:
@@ -721,6 +786,12 @@ class Endpoint:
                 timer.cancel()
         self._held_since = monotonic()
         self._wakeups += 1
+        if not self._tick_is_due:
+            self._polling.slept(self._held_since - begin)
+
+    def _wake_for_tick(self) -> None:
+        self._tick_is_due = True
+        self._wake()
 
     def _wake(self) -> None:
         if self._sleep is not None and not self._sleep.done():
@@ -732,44 +803,95 @@ class Endpoint:
             link._queued = True
             self._ready.append(link)
             self._wake()
+        elif link in self._drained:
+            del self._drained[link]
+            self._ready.append(link)
         if self._in_handler and not link._over:
             link._pump()
 
     async def _poll(self) -> bool:
-        """Spin for a while before parking; the budget follows its success."""
-        links = [link for link in self._links if not link._peer_gone]
-        piece = min(_POLL_SLICE, self._busy_poll)
-        if not links or not self._has_message_handler or self._poll_budget < piece:
-            self._poll_budget += piece / 8  # so that it is tried again some time
+        """Spin for a while before parking. Whether there is something to do."""
+        polling = self._polling
+        if not polling.budget or not self._drained:
             return False
-        begin = now = monotonic()
-        end = min(begin + self._poll_budget, self._scheduler.next_deadline)
+        polled = [link for link in self._drained if link._can_be_polled][-_POLL_LINKS:]
+        if not polled:
+            return False
+        if self._owing:
+            self._tell_of_space()
+        await self._give_way()
+        budget = polling.budget
+        if self._scheduler.next_deadline != math.inf:
+            until_tick = self._scheduler.next_deadline - self._held_since
+            budget = min(budget, int(until_tick * 1e9))
+        if self._has_to_do(polled) or budget <= 0 or not await self._spin(polled, budget):
+            return self._has_to_do(polled)
+        self._ready.extend(self._drained)
+        self._drained.clear()
+        return True
+
+    async def _spin(self, links: list[Link], budget: int) -> bool:
+        """Poll ``links`` for ``budget`` nanoseconds. Whether one of them has something.
+
+        The loop has a turn after each slice; what it brings to do ends the polling as well.
+        """
         channels = [link._channel for link in links]
-        hit = False
-        while not hit and now < end and not self._stopping:
-            hit = _core.poll(channels, int(piece * 1e9))
-            if not hit:
+        self._is_polling = True
+        try:
+            spent = _core.poll(channels, min(budget, _POLL_BRIEFLY))
+            left = budget - abs(spent)
+            while spent < 0 < left and not self._has_to_do(links):
                 await asyncio.sleep(0)
-                hit = bool(self._ready or self._events)
-                channels = [link._channel for link in links if not link._peer_gone]
-            now = monotonic()
-        self._time_polling += now - begin
-        if hit:
-            self._polls_hit += 1
-            self._poll_budget = self._busy_poll
-        else:
-            self._polls_missed += 1
-            self._poll_budget /= 2
+                self._held_since = monotonic()
+                spent = _core.poll(channels, min(left, _POLL_SLICE))
+                left -= abs(spent)
+        finally:
+            self._is_polling = False
+        if spent >= 0:
+            self._polling.hit(budget - left)
+        elif left <= 0:
+            self._polling.missed(budget - left)
+        else:  # there was something better to do
+            self._polling.spun(0, budget - left)
         for link in links:
-            if link._over:
-                continue
-            if hit and link._channel.rx_avail:
+            if spent >= 0:
                 link._polls_hit += 1
             else:
                 link._polls_missed += 1
-            if hit:  # each, also those where what was found is nonsense
-                self._make_ready(link)
-        return hit or self._stopping
+        return spent >= 0
+
+    def _has_to_do(self, links: list[Link]) -> bool:
+        """Whether the loop's turn has brought the runner something better than polling."""
+        return bool(self._ready or self._events or self._stopping) or any(
+            link._peer_gone for link in links
+        )
+
+    async def _poll_for(self, link: Link) -> bool:
+        """For a task that is about to wait for a message of ``link``: as ``_poll``."""
+        if not self._polling.budget or self._is_polling or not link._can_be_polled:
+            return False
+        if self._has_polled:
+            return False
+        hit = await self._spin([link], self._polling.budget)
+        if not hit:  # once in a turn of the loop is enough for all tasks together
+            self._has_polled = True
+            self._loop.call_soon(self._may_poll)
+        return hit
+
+    def _may_poll(self) -> None:
+        self._has_polled = False
+
+    def _owes(self, link: Link) -> None:
+        """A task has released lazily: whoever waits is told in the loop's next turn."""
+        if link._channel.owing and link not in self._owing:
+            self._owing.add(link)
+            self._loop.call_soon(self._tell_of_space)
+
+    def _tell_of_space(self) -> None:
+        """Ring for those who wait for space and were let sleep while there was little."""
+        owing, self._owing = self._owing, set()
+        for link in owing:
+            link._channel.wake_producer()
 
     def _arm_watch(self) -> None:
         """Have ``_watch`` called as soon as the runner gives way to the loop."""
@@ -791,6 +913,12 @@ class Endpoint:
         self._backlog_is_full = False
         if not self._has_message_handler:
             return
+        if self._serving is not None and self._serving._channel.owing:
+            self._owing.add(self._serving)
+        if self._owing:
+            self._tell_of_space()
+        self._ready.extend(self._drained)  # to be looked at again: what comes is in the inbox
+        self._drained.clear()
         for link in {self._serving, waits_for, *self._ready, *self._unopened}:
             if link is not None and not link._over:
                 if link._opened and not link._queued:
@@ -866,6 +994,25 @@ class Endpoint:
         return ClosedError(f"endpoint {self.name!r} is closed; make a new one")
 
 
+@coroutine
+def _go_on(started: CoroutineType[Any, Any, Any], yielded: Any) -> Generator[Any, Any, Any]:
+    """Await a coroutine that was started elsewhere, where it has yielded something."""
+    while True:
+        try:
+            value = yield yielded
+        except GeneratorExit:
+            started.close()
+            raise
+        except BaseException as error:
+            step = partial(started.throw, error)
+        else:
+            step = partial(started.send, value)
+        try:
+            yielded = step()
+        except StopIteration as end:
+            return end.value
+
+
 def _decline(connection: Connection) -> None:
     """Close in order what no link is made of any more."""
     connection.channel.attach(connection.ring)
@@ -925,17 +1072,18 @@ def connect(
     hello: bytes = b"",
     owner: int | None = None,
     backlog: int = 1 << 20,
+    busy_poll: float = BUSY_POLL,
 ) -> Connecting:
     """Connect to ``url`` without an endpoint of your own; messages are awaited.
 
     ``async with kucomms.connect(url) as link:`` closes the link at the end of the
     block; ``link = await kucomms.connect(url)`` leaves that to ``link.aclose()``.
-    Arguments and errors are those of ``Endpoint.connect``; ``backlog`` that of
-    ``Endpoint``.
+    Arguments and errors are those of ``Endpoint.connect``; ``backlog`` and
+    ``busy_poll`` those of ``Endpoint``.
     """
     return Connecting(
         url,
-        {"backlog": backlog},
+        {"backlog": backlog, "busy_poll": busy_poll},
         {"ring_size": ring_size, "timeout": timeout, "hello": hello, "owner": owner},
     )
 

@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from kucomms._core import (
     FULL,
     HEADER_SIZE,
     OK,
+    PAUSE,
     PROTOCOL,
     STATE_CLOSED,
     STATE_OPEN,
@@ -53,8 +55,7 @@ __all__ = ["Link"]
 
 T = TypeVar("T")
 
-_UNLIMITED = 1 << 62
-_FILL, _FILL_BYTES = 32, 1 << 16
+_FILL, _FILL_BYTES = 128, 1 << 16
 """Messages and bytes that are taken from the ring at once for tasks that await them."""
 
 
@@ -81,17 +82,20 @@ class Link:
         self._connection = connection
         self._channel = connection.channel
         self._channel_send = connection.channel.send
+        self._channel_send_paced = connection.channel.send_paced
         self._url = connection.url
         self._ring_size = connection.channel.ring_size
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._opened = False
-        self._sends = 0
         self._send_queue: deque[TaskTicket | ThreadTicket] = deque()
         self._receive_queue: deque[TaskTicket] = deque()
         # taken out of the ring, not yet handed out; older than all in the ring
         self._inbox: deque[Message] = deque()
+        # what the endpoint's backlog counts of it, which is not the first so many: they
+        # were taken out for a task that awaits them, a few at a time
         self._inbox_bytes = 0
+        self._uncounted = 0
         self._requests: dict[int, asyncio.Future[Message]] = {}
         self._next_id = 0
         # for the endpoint: whether it is in its list of links to look at
@@ -104,6 +108,8 @@ class Link:
         self._doorbells_heard = 0
         self._late_replies = 0
         self._backlog_high_water = 0
+        # whether a message may come while we spin
+        self._can_be_polled = connection.pollable
         self._polls_hit = 0
         self._polls_missed = 0
 
@@ -155,7 +161,8 @@ class Link:
     @property
     def rx_avail(self) -> int:
         """Bytes, headers included, that have arrived and were not received yet."""
-        return self._channel.rx_avail + self._inbox_bytes
+        uncounted = islice(self._inbox, self._uncounted)
+        return self._channel.rx_avail + self._inbox_bytes + _bytes_of(uncounted)
 
     @property
     def rx_free(self) -> int:
@@ -175,7 +182,7 @@ class Link:
             doorbells_rung=rung,
             doorbells_suppressed=suppressed,
             doorbells_heard=self._doorbells_heard,
-            polls_hit=self._polls_hit,
+            polls_hit=self._polls_hit + self._channel.polls_hit,
             polls_missed=self._polls_missed,
             protocol_errors=max(errors, int(isinstance(self._error, ProtocolError))),
             late_replies=self._late_replies,
@@ -200,19 +207,23 @@ class Link:
         handler it raises ``QueueFull`` when the endpoint's backlog is full as well:
         else two endpoints that wait for each other would wait for ever.
         """
-        self._sends += 1
-        if not self._sends & 63:
-            await self._endpoint._breathe()
         if not self._send_queue:
             try:
-                status = self._channel_send(data, type, id, user_value, 0)
+                status = self._channel_send_paced(data, type, id, user_value)
+                if status == OK:
+                    return
+                if status == PAUSE:
+                    await self._endpoint._breathe()
+                    status = FULL
+                    if not self._send_queue:
+                        status = self._channel_send(data, type, id, user_value)
+                    if status == OK:
+                        return
             except (TypeError, OverflowError, BufferError) as error:
                 raise self._bad_argument(error) from None
-            if status == OK:
-                return
             if status != FULL:
                 raise self._send_error(status, data)
-        await self._send_when_room(data, type, id, user_value, 0)
+        await self._send_when_room(self._channel_send, data, type, id, user_value)
 
     def send_nowait(
         self,
@@ -227,7 +238,7 @@ class Link:
             self._check_thread()
             raise self._send_error(FULL, data)
         try:
-            status = self._channel_send(data, type, id, user_value, 0)
+            status = self._channel_send(data, type, id, user_value)
         except (TypeError, OverflowError, BufferError) as error:
             raise self._bad_argument(error) from None
         if status != OK:
@@ -253,7 +264,7 @@ class Link:
         status = FULL
         if not self._send_queue:
             try:
-                status = send(data, type, id, user_value, 0)
+                status = send(data, type, id, user_value)
             except (TypeError, OverflowError, BufferError) as error:
                 raise self._bad_argument(error) from None
         if status == OK:
@@ -274,7 +285,7 @@ class Link:
                 ticket.rest()
                 if self._send_queue[0] is ticket:
                     try:
-                        status = send(data, type, id, user_value, 0)
+                        status = send(data, type, id, user_value)
                     except (TypeError, OverflowError, BufferError) as error:
                         raise self._bad_argument(error) from None
                     if status == OK:
@@ -377,20 +388,20 @@ class Link:
 
     async def _send_when_room(
         self,
+        send: Callable[[Any, int | None, int | None, int | None], int],
         data: Any,
         type: int | None,
         id: int | None,
         user_value: int | None,
-        flags: int,
     ) -> None:
-        """Queue up and send as soon as there is room."""
+        """Queue up and ``send`` as soon as there is room."""
         ticket = TaskTicket()
         self._send_queue.append(ticket)
         try:
             while True:
                 if self._send_queue[0] is ticket:
                     try:
-                        status = self._channel_send(data, type, id, user_value, flags)
+                        status = send(data, type, id, user_value)
                     except (TypeError, OverflowError, BufferError) as error:
                         raise self._bad_argument(error) from None
                     if status == OK:
@@ -450,8 +461,12 @@ class Link:
         it committed first, then ``PeerClosedError``.
         """
         self._check_receive()
-        if not self._inbox:
-            await self._endpoint._breathe()
+        if not self._receive_queue:
+            if self._uncounted:
+                self._uncounted -= 1
+                return self._inbox.popleft()
+            if not self._inbox:
+                await self._endpoint._breathe()
         if not self._receive_queue:
             message = self._take()
             if message is not None:
@@ -502,6 +517,9 @@ class Link:
 
     def _take_from_inbox(self) -> Message:
         message = self._inbox.popleft()
+        if self._uncounted:
+            self._uncounted -= 1
+            return message
         span = len(message.data) + HEADER_SIZE
         self._inbox_bytes -= span
         self._endpoint._backlog_used -= span
@@ -509,14 +527,22 @@ class Link:
             self._endpoint._backlog_eased()
         return message
 
+    def _take_batch(self, limit: int) -> list[Message]:
+        """Up to so many messages from the inbox, in a new list."""
+        batch: list[Message] = []
+        while self._inbox and len(batch) < limit:
+            batch.append(self._take_from_inbox())
+        return batch
+
     def _fill(self) -> bool:
         """Move some messages from the ring into the inbox; whether there were any."""
         messages: list[Message] = []
         replies: list[Message] = []
-        status = self._channel.receive(1, _UNLIMITED, messages, replies)
-        if status == OK and messages:
-            status = self._channel.receive(_FILL, _FILL_BYTES, messages, replies)
-        if messages:
+        status = self._channel.receive(_FILL, _FILL_BYTES, messages, replies, True)
+        if not self._inbox:
+            self._inbox.extend(messages)
+            self._uncounted = len(messages)
+        elif messages:
             self._add_to_inbox(messages)
         if replies:
             self._resolve(replies)
@@ -547,15 +573,22 @@ class Link:
     async def _wait_for(self, take: Callable[[], T | None]) -> T:
         ticket = TaskTicket()
         self._receive_queue.append(ticket)
+        polled = False
         try:
             while True:
                 if self._receive_queue[0] is ticket:
                     result = take()
                     if result is not None:
                         return result
+                    if not polled and self._endpoint._polling.budget:
+                        polled = True
+                        await self._endpoint._poll_for(self)
+                        self._check_receive()
+                        continue  # whatever has become of the link meanwhile
                     if self._channel.park_receive():
                         continue
-                await ticket.wait()
+                await self._sleep_for_message(ticket)
+                polled = False
         finally:
             self._receive_queue.remove(ticket)
             if self._receive_queue:
@@ -563,11 +596,15 @@ class Link:
             else:
                 self._rearm()
 
+    async def _sleep_for_message(self, waitable: TaskTicket) -> None:
+        begin = monotonic()
+        await waitable.wait()
+        self._endpoint._polling.slept(monotonic() - begin)
+
     def _check_receive(self) -> None:
-        if threading.get_ident() != self._thread:
-            raise self._send_error(WRONG_THREAD, None)
-        if self._channel.forked:
-            raise self._send_error(FORKED, None)
+        status = self._channel.may_receive
+        if status in (WRONG_THREAD, FORKED):
+            raise self._send_error(status, None)
         if self._endpoint._has_message_handler:
             raise self._handler_error()
 
@@ -652,14 +689,14 @@ class Link:
             type = message.type
         if not self._send_queue:
             try:
-                status = self._channel_send(data, type, message.id, user_value, FLAG_REPLY)
+                status = self._channel.send_reply(data, type, message.id, user_value)
             except (TypeError, OverflowError, BufferError) as error:
                 raise self._bad_argument(error) from None
             if status == OK:
                 return
             if status != FULL:
                 raise self._send_error(status, data)
-        await self._send_when_room(data, type, message.id, user_value, FLAG_REPLY)
+        await self._send_when_room(self._channel.send_reply, data, type, message.id, user_value)
 
     def _draw_id(self) -> int:
         while True:
@@ -668,6 +705,20 @@ class Link:
                 return self._next_id
 
     async def _wait_for_reply(self, future: asyncio.Future[Message]) -> Message:
+        endpoint = self._endpoint
+        if await endpoint._poll_for(self):
+            if endpoint._has_message_handler:
+                endpoint._make_ready(self)
+            else:
+                self._pump(park=False)
+            if future.done():
+                return future.result()
+        begin = monotonic()
+        reply = await self._sleep_for_reply(future)
+        endpoint._polling.slept(monotonic() - begin)
+        return reply
+
+    async def _sleep_for_reply(self, future: asyncio.Future[Message]) -> Message:
         endpoint = self._endpoint
         if endpoint._is_handler():
             endpoint._keep_draining(self)
@@ -714,6 +765,8 @@ class Link:
         if self._over:
             return
         self._closed_here = True
+        if self._endpoint._serving is self:
+            self._endpoint._in_hand.clear()
         if not self._peer_gone:
             self._channel.stop_sending(STATE_CLOSED)
         self._finish()
@@ -723,6 +776,7 @@ class Link:
         if self._peer_gone or self._over:
             return
         self._peer_gone = True
+        self._can_be_polled = False
         state = self._channel.peer_state
         self._channel.finish()
         self._channel.stop_sending(0)
@@ -764,12 +818,13 @@ class Link:
             return
         self._over = True
         self._peer_gone = True
+        self._can_be_polled = False
         self._channel.stop_sending(0)
         self._connection.close()
         self._channel.unmap()
         self._endpoint._backlog_used -= self._inbox_bytes
         self._inbox.clear()
-        self._inbox_bytes = 0
+        self._inbox_bytes = self._uncounted = 0
         self._wake_senders()
         for ticket in self._receive_queue:
             ticket.wake()
@@ -813,6 +868,7 @@ class Link:
             return
         # what came before the fault can still be received
         self._peer_gone = True
+        self._can_be_polled = False
         self._connection.close()
         self._wake_senders()
         self._fail_requests()
@@ -828,7 +884,8 @@ class Link:
     def _woken(self) -> None:
         """The peer has rung: there may be messages, or room, or it has closed."""
         self._doorbells_heard += 1
-        self._wake_first_sender()
+        if self._send_queue:
+            self._wake_first_sender()
         if self._channel.peer_state:
             self._peer_left()
             return
@@ -845,14 +902,14 @@ class Link:
         if self._requests and not self._over and not self._endpoint._has_message_handler:
             self._pump()
 
-    def _pump(self) -> None:
+    def _pump(self, *, park: bool = True) -> None:
         """Move what has arrived into the backlog, as far as that may grow, and park."""
         looked_again = False
         while not self._over:
             messages: list[Message] = []
             replies: list[Message] = []
             budget = self._endpoint._backlog_limit - self._endpoint._backlog_used
-            status = self._channel.receive(64, max(budget, 0), messages, replies)
+            status = self._channel.receive(64, max(budget, 0), messages, replies, False)
             if messages:
                 self._add_to_inbox(messages)
             if replies:
@@ -863,6 +920,8 @@ class Link:
             if messages or replies:
                 looked_again = False
                 continue
+            if not park:
+                return
             if not self._channel.park_receive():
                 if self._channel.peer_starves:  # what a handler has borrowed is in its way
                     self._endpoint._backlog_filled(self)
@@ -874,7 +933,7 @@ class Link:
 
     def _add_to_inbox(self, messages: list[Message]) -> None:
         self._inbox.extend(messages)
-        size = HEADER_SIZE * len(messages) + sum(map(len, messages))
+        size = _bytes_of(messages)
         self._inbox_bytes += size
         self._endpoint._backlog_used += size
         self._backlog_high_water = max(self._backlog_high_water, self._inbox_bytes)
@@ -955,6 +1014,11 @@ class Link:
         if status == TOO_MANY_LOANS:
             return QueueFull(f"{self._url}: too many loans are out; finish one first")
         return TransportError(0, f"{self._url}: unexpected status {status}")
+
+
+def _bytes_of(messages: Iterable[Message]) -> int:
+    """Bytes that they take, headers included."""
+    return sum(HEADER_SIZE + len(message.data) for message in messages)
 
 
 def _size_of(data: Any) -> int:

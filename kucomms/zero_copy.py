@@ -87,7 +87,10 @@ class Borrowed:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        end_borrow(self._link, self._borrow, self._message, exc)
+        try:
+            end_borrow(self._link, self._borrow, self._message, exc)
+        finally:
+            self._link._endpoint._owes(self._link)
 
 
 def borrowed_message(taken: Borrow | Message) -> tuple[Borrow | bytearray, Message]:
@@ -101,9 +104,15 @@ def borrowed_message(taken: Borrow | Message) -> tuple[Borrow | bytearray, Messa
 
 
 def end_borrow(
-    link: Link, keeper: Borrow | bytearray, message: Message, exc: BaseException | None
+    link: Link,
+    keeper: Borrow | bytearray,
+    message: Message,
+    exc: BaseException | None,
 ) -> None:
-    """Release a borrowed message. Raises BufferError when a view of it lives on."""
+    """Release a borrowed message. Raises BufferError when a view of it lives on.
+
+    Lazily: the caller looks after ``channel.owing``.
+    """
     released = True
     try:
         message.data.release()
@@ -115,7 +124,7 @@ def end_borrow(
         except BufferError:
             released = False
     else:
-        released = keeper.release() and released
+        released = keeper.release(True) and released
     if not released and exc is None:
         raise BufferError(
             f"{link.url}: a view of the borrowed message outlived its block; its bytes stay taken "

@@ -14,7 +14,7 @@ import pytest
 
 KUCOMMS = [sys.executable, "-m", "kucomms"]
 DEADLINE = 60
-COMMANDS = ("device", "doctor", "echo", "listen", "longtest", "send")
+COMMANDS = ("bench", "device", "doctor", "echo", "listen", "longtest", "send")
 
 LINE_1 = re.compile(r"avail_tx0=\d+ : add_error_count=\d+ : compare_error_count=\d+")
 LINE_2 = re.compile(

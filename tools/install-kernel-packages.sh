@@ -1,9 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# What the kernel module's tests need beside the compiler: qemu, sparse, depmod, and the newest
-# 6.1 and 6.12 kernels of Debian 12 with their headers. Installs what is missing where it may
-# (root on Debian), else says what to install. A kernel that is there already is not replaced
-# by a newer one.
+# What the kernel module's tests need beside the compiler: qemu, the busybox that a guest starts
+# with, sparse, depmod, and the newest 6.1 and 6.12 kernels of Debian 12 with their headers.
+# Installs what is missing where it may (root on Debian), else says what to install. A kernel
+# that is there already is not replaced by a newer one.
 set -eu
 
 BOOT=${BOOT:-/boot}
@@ -51,6 +51,7 @@ available() {
 
 tools=
 command -v qemu-system-x86_64 >/dev/null || tools="$tools qemu-system-x86"
+command -v busybox >/dev/null || tools="$tools busybox-static"
 command -v sparse >/dev/null || tools="$tools sparse"
 command -v depmod >/dev/null || tools="$tools kmod"
 series=

@@ -43,7 +43,7 @@ checkpatch() {
 }
 
 echo "checkpatch"
-find kernel_module examples/kernel tests/kernel/module -name '*.[ch]' \
+find kernel_module examples/kernel tests/kernel/module bench/kernel/module -name '*.[ch]' \
 	! -name '*.mod.c' | sort >$OUT/files
 # A tracepoint is declared with macros that are laid out like the code they stand for: the
 # kernel's own include/trace/events has these findings at every one.
@@ -67,13 +67,18 @@ for version in $versions; do
 	$PYTHON -c '
 import sys
 from tools import guest
-for source in guest.SOURCES:
+for source in (*guest.SOURCES, "bench/kernel/module"):
     if (guest.ROOT / source).is_dir():
         guest.sync(guest.ROOT / source, guest.Path(sys.argv[1]) / source)
 ' "$tree"
-	make -C "$tree/kernel_module" KDIR="/lib/modules/$version/build" W=1 C=2 \
-		CF='-Wbitwise-pointer -Wcast-from-as -Wreturn-void' all >"$tree/log" 2>&1 ||
-		{ failed=yes && tail -n 20 "$tree/log"; }
+	kdir=/lib/modules/$version/build
+	sparse='-Wbitwise-pointer -Wcast-from-as -Wreturn-void'
+	{
+		make -C "$tree/kernel_module" KDIR="$kdir" W=1 C=2 CF="$sparse" all &&
+			make -C "$kdir" M="$tree/bench/kernel/module" W=1 C=2 CF="$sparse" \
+				KUCOMMS="$tree/kernel_module" \
+				KBUILD_EXTRA_SYMBOLS="$tree/kernel_module/Module.symvers" modules
+	} >"$tree/log" 2>&1 || { failed=yes && tail -n 20 "$tree/log"; }
 	# What counts: a finding at one of our files, from the linker of modules, or from gcc
 	# wherever it is, as that of a macro is reported in the header. Sparse has findings inside
 	# the kernel's headers, which are not ours.

@@ -7,7 +7,6 @@ GIL), ``_setup`` for what runs per link (drops it).
 
 import errno
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from kucomms._core import _setup  # type: ignore[attr-defined]
@@ -18,7 +17,9 @@ from kucomms._core._ring import (
     FORKED,
     FULL,
     HEADER_SIZE,
+    MORE,
     OK,
+    PAUSE,
     PROTOCOL,
     STATE_CLOSED,
     STATE_OPEN,
@@ -30,7 +31,9 @@ from kucomms._core._ring import (
     Channel,
     Reservation,
     configure,
+    drain_eventfd,
     drain_socket,
+    poll,
     ring_device,
     ring_socket,
 )
@@ -43,8 +46,10 @@ __all__ = [
     "FORKED",
     "FULL",
     "HEADER_SIZE",
+    "MORE",
     "NAME_MAX",
     "OK",
+    "PAUSE",
     "PROTOCOL",
     "STATE_CLOSED",
     "STATE_OPEN",
@@ -57,6 +62,7 @@ __all__ = [
     "HalfChannel",
     "Reservation",
     "configure",
+    "drain_eventfd",
     "drain_socket",
     "ioctl_setup",
     "lib",
@@ -158,14 +164,6 @@ class HalfChannel:
         if self._pointer and os.getpid() == self._pid:  # a forked child has no mapping
             lib.setup_channel_free(self._pointer)
         self._pointer = None
-
-
-def poll(channels: Sequence[Channel], nanoseconds: int) -> bool:
-    """Spin, without the GIL, until one of them has something to read."""
-    pointers = _ffi.new("struct kucomms_channel *[]", len(channels))
-    for index, channel in enumerate(channels):
-        pointers[index] = _ffi.cast("struct kucomms_channel *", channel.address)
-    return bool(lib.kucomms_channels_poll(pointers, len(channels), nanoseconds))
 
 
 def new_record(data: bytes | None = None) -> Any:

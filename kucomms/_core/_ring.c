@@ -4,15 +4,15 @@
  *
  * These calls keep the GIL: they are shorter than giving it up and getting it
  * back, and with another busy thread each getting back may take a whole switch
- * interval. Set-up and polling go through _setup (cffi), which drops it.
+ * interval. Set-up goes through _setup (cffi), which drops it.
  *
  * A call answers with a small number, not with an exception: the caller knows
  * the URL and writes the message. Only what is wrong with an argument
  * (TypeError, OverflowError, BufferError) and want of memory is raised here.
  *
- * Everything here runs under the GIL, also the ends of views, so that the
- * objects need no lock of their own; struct kucomms_channel has one, for C
- * threads.
+ * Everything here runs under the GIL, also the ends of views, so that neither
+ * the objects nor the ring need a lock; the one in struct kucomms_channel is
+ * for C threads. Only polling drops it, after a moment.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -22,6 +22,7 @@
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 
 #include <kucomms/channel.h>
 
@@ -35,13 +36,21 @@ enum status {
 	WRONG_THREAD,	/* of another thread than attach() */
 	FORKED,		/* the channel was made before a fork */
 	TOO_MANY_LOANS,
+	PAUSE,		/* the loop wants a turn first */
+	MORE,		/* as OK, and there may be more at once */
 };
+
+#define PACE		64		/* sends between two PAUSEs */
+#define POLL_MOST	64		/* channels polled at once */
+#define POLL_HELD	24		/* looks before the GIL is dropped */
+#define GLANCE		8		/* messages between two looks at the clock */
 
 struct module_state {
 	PyTypeObject *channel_type;
 	PyTypeObject *reservation_type;
 	PyTypeObject *borrow_type;
 	PyTypeObject *message_type;	/* set by configure() */
+	PyTypeObject *coroutine_type;	/* likewise */
 	PyObject *name_data;
 	PyObject *name_type;
 	PyObject *name_id;
@@ -52,6 +61,7 @@ typedef struct channel_object {
 	PyObject_HEAD
 	struct kucomms_channel *channel;
 	PyObject *doorbell;		/* wakes the peer; any thread */
+	int eventfd;			/* does so instead, or -1 */
 	PyObject *room;			/* called when a dropped loan's bytes are free */
 	int receiving;			/* inside receive(), which runs Python code */
 	unsigned long owner;		/* thread of attach() */
@@ -63,6 +73,12 @@ typedef struct channel_object {
 	unsigned int users;		/* loans and borrows whose bytes are in use */
 	unsigned int loans;
 	unsigned int loan_limit;
+	unsigned int sends;		/* that might have paused */
+	int owing;			/* the peer was not told of its space */
+	Py_ssize_t handled;		/* of the batch that serve() has in hand */
+	unsigned long long calls;	/* of handlers, by serve() */
+	unsigned long long polls_hit;	/* by serve() */
+	unsigned long long poll_ns;	/* likewise, hits and misses */
 	struct module_state *state;
 	struct channel_object *next;	/* of all in the process, for fork */
 	struct channel_object **link;
@@ -199,9 +215,26 @@ static void call_back(PyObject *callback)
 	Py_DECREF(callback);
 }
 
+/* 0 or errno. Never blocks, but for a peer of the same user that wants it to. */
+static int write_eventfd(int fd)
+{
+	static const uint64_t bell = 1;
+
+	while (write(fd, &bell, sizeof(bell)) < 0) {
+		if (errno == EAGAIN)	/* rung often enough */
+			break;
+		if (errno != EINTR)
+			return errno;
+	}
+	return 0;
+}
+
 static void ring_doorbell(ChannelObject *self)
 {
-	call_back(self->doorbell);
+	if (self->eventfd >= 0)
+		write_eventfd(self->eventfd);
+	else
+		call_back(self->doorbell);
 }
 
 /*
@@ -333,7 +366,11 @@ static int outgoing_read(struct module_state *state, struct outgoing *out,
 			 PyObject *user_value)
 {
 	memset(out, 0, sizeof(*out));
-	if (state->message_type && PyObject_TypeCheck(data, state->message_type)) {
+	if (PyBytes_CheckExact(data) || !state->message_type ||
+	    !PyObject_TypeCheck(data, state->message_type)) {
+		if (outgoing_data(out, data))
+			goto error;
+	} else {
 		PyObject *inner = PyObject_GetAttr(data, state->name_data);
 		int err;
 
@@ -347,8 +384,6 @@ static int outgoing_read(struct module_state *state, struct outgoing *out,
 		    header_attribute(data, state->name_user_value,
 				     &out->user_value))
 			goto error;
-	} else if (outgoing_data(out, data)) {
-		goto error;
 	}
 	if (header_value(type, &out->type) || header_value(id, &out->id) ||
 	    header_value(user_value, &out->user_value))
@@ -359,7 +394,7 @@ error:
 	return -1;
 }
 
-/* Put it into the ring, without the doorbell. */
+/* Put it into the ring, without the doorbell. The GIL is the sender's lock. */
 static enum status outgoing_put(ChannelObject *self, struct outgoing *out,
 				uint32_t flags)
 {
@@ -367,9 +402,9 @@ static enum status outgoing_put(ChannelObject *self, struct outgoing *out,
 
 	if ((uint64_t)out->length > UINT32_MAX)
 		return TOO_LARGE;
-	err = kucomms_channel_put(self->channel, out->data,
-				  (uint32_t)out->length, flags, out->type,
-				  out->id, out->user_value);
+	err = kucomms_channel_put_locked(self->channel, out->data,
+					 (uint32_t)out->length, flags,
+					 out->type, out->id, out->user_value);
 	return err ? status_of(err) : OK;
 }
 
@@ -503,33 +538,47 @@ static PyType_Spec reservation_spec = {
 
 /* ---- Borrow -------------------------------------------------------------- */
 
-static void borrow_unpin(BorrowObject *self)
+/* Give back what was read; remember, if @lazily, who was not told. */
+static void release_space(ChannelObject *self, int lazily)
+{
+	int must_ring;
+
+	if (lazily)
+		must_ring = kucomms_channel_release_lazily(self->channel);
+	else
+		must_ring = kucomms_channel_release(self->channel);
+	if (must_ring == -EAGAIN)
+		self->owing = 1;
+	else if (must_ring)
+		ring_doorbell(self);
+}
+
+static void borrow_unpin(BorrowObject *self, int lazily)
 {
 	ChannelObject *channel = self->channel;
 
 	if (!self->pinned)
 		return;
 	self->pinned = 0;
-	channel->users--;
 	if (!forked(channel)) {
 		kucomms_channel_unpin_rx(&self->pin);
-		if (kucomms_channel_release(channel->channel))
-			ring_doorbell(channel);
+		release_space(channel, lazily);
 	}
+	channel->users--;
 	unmap_if_unused(channel);
 }
 
 PyDoc_STRVAR(borrow_release_doc,
-"release() -> bool\n\nGive the bytes back. False when a view is still alive: they\n"
-"are given back when it dies.");
+"release(lazily=False) -> bool\n\nGive the bytes back. False when a view is still\n"
+"alive: they are given back when it dies. lazily: as in Channel.receive().");
 
-static PyObject *borrow_release(BorrowObject *self, PyObject *unused)
+static PyObject *borrow_release(BorrowObject *self, PyObject *const *args,
+				Py_ssize_t nargs)
 {
-	(void)unused;
 	self->released = 1;
 	if (self->exports)
 		Py_RETURN_FALSE;
-	borrow_unpin(self);
+	borrow_unpin(self, nargs > 0 && args[0] == Py_True);
 	Py_RETURN_TRUE;
 }
 
@@ -550,7 +599,7 @@ static void borrow_releasebuffer(BorrowObject *self, Py_buffer *view)
 {
 	(void)view;
 	if (!--self->exports && self->released)
-		borrow_unpin(self);
+		borrow_unpin(self, 0);
 }
 
 static void borrow_dealloc(BorrowObject *self)
@@ -558,7 +607,7 @@ static void borrow_dealloc(BorrowObject *self)
 	PyTypeObject *type = Py_TYPE(self);
 
 	if (self->channel) {
-		borrow_unpin(self);
+		borrow_unpin(self, 0);
 		Py_DECREF(self->channel);
 	}
 	PyObject_Free(self);
@@ -566,7 +615,7 @@ static void borrow_dealloc(BorrowObject *self)
 }
 
 static PyMethodDef borrow_methods[] = {
-	METHOD("release", borrow_release, METH_NOARGS, borrow_release_doc),
+	METHOD("release", borrow_release, METH_FASTCALL, borrow_release_doc),
 	{ NULL, NULL, 0, NULL },
 };
 
@@ -622,6 +671,7 @@ static PyObject *channel_new(PyTypeObject *type, PyObject *args,
 	self->generation = fork_generation;
 	self->loan_limit = 64;
 	self->mapped = 1;
+	self->eventfd = -1;
 	all_add(self);
 	return (PyObject *)self;
 }
@@ -663,17 +713,34 @@ static void channel_dealloc(ChannelObject *self)
 
 PyDoc_STRVAR(channel_attach_doc,
 "attach(doorbell)\n\nMake the calling thread the channel's, and open it.\n"
-"doorbell() is called, from any thread, when the peer has to be woken.");
+"doorbell() is called, from any thread, when the peer has to be woken. It may be the\n"
+"number of an eventfd instead, to be written; then mute() comes before it is closed.");
 
 static PyObject *channel_attach(ChannelObject *self, PyObject *doorbell)
 {
 	PyObject *old = self->doorbell;
 
+	if (PyLong_Check(doorbell)) {
+		self->eventfd = (int)PyLong_AsLong(doorbell);
+		if (self->eventfd == -1 && PyErr_Occurred())
+			return NULL;
+	}
 	self->doorbell = Py_NewRef(doorbell);
 	Py_XDECREF(old);
 	self->owner = PyThread_get_thread_ident();
 	self->attached = 1;
 	self->open = 1;
+	Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(channel_mute_doc,
+"mute()\n\nRing no more.");
+
+static PyObject *channel_mute(ChannelObject *self, PyObject *unused)
+{
+	(void)unused;
+	self->eventfd = -1;
+	Py_CLEAR(self->doorbell);
 	Py_RETURN_NONE;
 }
 
@@ -691,27 +758,21 @@ static PyObject *channel_on_room(ChannelObject *self, PyObject *callback)
 }
 
 static PyObject *send_from(ChannelObject *self, PyObject *const *args,
-			   Py_ssize_t nargs, int any_thread)
+			   uint32_t flags, int any_thread)
 {
-	enum status status;
+	enum status status = may_send(self, any_thread);
 	struct outgoing out;
-	unsigned long flags;
 
-	if (check_args("send", nargs, 5))
-		return NULL;
-	status = may_send(self, any_thread);
 	if (status != OK)
 		return from_status(status);
-	flags = PyLong_AsUnsignedLong(args[4]);
-	if (flags == (unsigned long)-1 && PyErr_Occurred())
-		return NULL;
 	if (outgoing_read(self->state, &out, args[0], args[1], args[2], args[3]))
 		return NULL;
 	/* reading the arguments may have run Python code that closed us */
-	status = may_send(self, any_thread);
+	if (!PyBytes_CheckExact(args[0]))
+		status = may_send(self, any_thread);
 	if (status == OK) {
 		begin_use(self);
-		status = outgoing_put(self, &out, (uint32_t)flags);
+		status = outgoing_put(self, &out, flags);
 		if (status == OK && kucomms_channel_publish(self->channel))
 			ring_doorbell(self);
 		end_use(self);
@@ -721,14 +782,38 @@ static PyObject *send_from(ChannelObject *self, PyObject *const *args,
 }
 
 PyDoc_STRVAR(channel_send_doc,
-"send(data, type, id, user_value, flags) -> status\n\n"
+"send(data, type, id, user_value) -> status\n\n"
 "data: bytes-like or Message; None for a header value: the Message's, or 0.\n"
 "OK, FULL, TOO_LARGE, CLOSED, PROTOCOL, WRONG_THREAD or FORKED.");
 
 static PyObject *channel_send(ChannelObject *self, PyObject *const *args,
 			      Py_ssize_t nargs)
 {
-	return send_from(self, args, nargs, 0);
+	return check_args("send", nargs, 4) ? NULL : send_from(self, args, 0, 0);
+}
+
+PyDoc_STRVAR(channel_send_paced_doc,
+"send_paced(data, type, id, user_value) -> status\n\n"
+"As send, but now and then the answer is PAUSE: nothing was sent, give the loop a\n"
+"turn and send.");
+
+static PyObject *channel_send_paced(ChannelObject *self, PyObject *const *args,
+				    Py_ssize_t nargs)
+{
+	if (check_args("send_paced", nargs, 4))
+		return NULL;
+	if (++self->sends % PACE == 0 && may_send(self, 0) == OK)
+		return from_status(PAUSE);
+	return send_from(self, args, 0, 0);
+}
+
+PyDoc_STRVAR(channel_send_reply_doc, "As send, with the reply flag.");
+
+static PyObject *channel_send_reply(ChannelObject *self, PyObject *const *args,
+				    Py_ssize_t nargs)
+{
+	return check_args("send_reply", nargs, 4) ? NULL :
+	       send_from(self, args, KUCOMMS_FLAG_REPLY, 0);
 }
 
 PyDoc_STRVAR(channel_send_threadsafe_doc, "As send, from any thread.");
@@ -737,7 +822,8 @@ static PyObject *channel_send_threadsafe(ChannelObject *self,
 					 PyObject *const *args,
 					 Py_ssize_t nargs)
 {
-	return send_from(self, args, nargs, 1);
+	return check_args("send_threadsafe", nargs, 4) ? NULL :
+	       send_from(self, args, 0, 1);
 }
 
 PyDoc_STRVAR(channel_send_many_doc,
@@ -833,8 +919,8 @@ static PyObject *channel_reserve(ChannelObject *self, PyObject *const *args,
 	loan->exports = 0;
 	loan->active = 0;
 	loan->pinned = 0;
-	err = kucomms_channel_reserve(self->channel, (uint32_t)size, 0, &frame,
-				      &loan->pin);
+	err = kucomms_channel_reserve_locked(self->channel, (uint32_t)size,
+					     &frame, &loan->pin);
 	if (err) {
 		Py_DECREF(loan);
 		return from_status(status_of(err));
@@ -853,53 +939,54 @@ static PyObject *channel_reserve(ChannelObject *self, PyObject *const *args,
 }
 
 PyDoc_STRVAR(channel_receive_doc,
-"receive(limit, budget, messages, replies) -> status\n\n"
+"receive(limit, budget, messages, replies, first) -> status\n\n"
 "Append up to limit messages of together at most budget bytes of the ring to\n"
-"the list messages, those with the reply flag to the list replies. OK also when\n"
-"there were none; PROTOCOL after what came before the fault.");
+"the list messages, those with the reply flag to the list replies; with first, the\n"
+"first message however large it is. OK also when there were none; PROTOCOL after\n"
+"what came before the fault.\n\n"
+"serve() receives lazily: MORE when limit or budget has ended it; and the peer may\n"
+"not be told at once that there is space: when owing is true then, call\n"
+"wake_producer() before the reading stops.");
 
 /* A Message of what is in the ring; runs Python code. */
 static PyObject *message_from(ChannelObject *self,
 			      const struct kucomms_view *view)
 {
-	PyObject *data, *arguments, *message;
+	PyObject *maker = (PyObject *)self->state->message_type;
+	PyObject *data, *type, *id, *user_value, *message = NULL;
 
 	data = PyBytes_FromStringAndSize((const char *)view->data,
 					 (Py_ssize_t)view->length);
 	if (!data)
 		return NULL;
-	arguments = Py_BuildValue("(NKKK)", data,
-				  (unsigned long long)view->type,
-				  (unsigned long long)view->id,
-				  (unsigned long long)view->user_value);
-	if (!arguments)
-		return NULL;
-	message = PyObject_Call((PyObject *)self->state->message_type,
-				arguments, NULL);
-	Py_DECREF(arguments);
+	/* The defaults are zeros: nothing to make and to pass. */
+	if (!(view->type | view->id | view->user_value)) {
+		message = PyObject_CallFunctionObjArgs(maker, data, NULL);
+		Py_DECREF(data);
+		return message;
+	}
+	type = PyLong_FromUnsignedLongLong(view->type);
+	id = PyLong_FromUnsignedLongLong(view->id);
+	user_value = PyLong_FromUnsignedLongLong(view->user_value);
+	if (type && id && user_value)
+		message = PyObject_CallFunctionObjArgs(maker, data, type, id,
+						       user_value, NULL);
+	Py_XDECREF(user_value);
+	Py_XDECREF(id);
+	Py_XDECREF(type);
+	Py_DECREF(data);
 	return message;
 }
 
-static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
-				 Py_ssize_t nargs)
+/* See receive(); -1 with an exception. may_receive() has said OK. */
+static int receive_batch(ChannelObject *self, Py_ssize_t limit,
+			 long long budget, PyObject *messages,
+			 PyObject *replies, int first, int lazily)
 {
 	struct kucomms_channel *channel = self->channel;
-	enum status status;
-	Py_ssize_t limit;
-	long long budget;
-	int failed = 0;
+	int failed = 0, more = 0, taken = 0;
+	enum status status = OK;
 
-	if (check_args("receive", nargs, 4))
-		return NULL;
-	limit = PyLong_AsSsize_t(args[0]);
-	if (limit == -1 && PyErr_Occurred())
-		return NULL;
-	budget = PyLong_AsLongLong(args[1]);
-	if (budget == -1 && PyErr_Occurred())
-		return NULL;
-	status = may_receive(self);
-	if (status != OK || self->receiving)
-		return from_status(status);
 	/*
 	 * Making a message can run the garbage collector and so anything, also
 	 * what closes this channel or receives from it.
@@ -921,22 +1008,239 @@ static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
 		/* Replies cost nothing: somebody waits for them. */
 		if (!(view.flags & KUCOMMS_FLAG_REPLY))
 			budget -= (long long)kucomms_frame_span(view.length);
-		if (budget < 0 && !(view.flags & KUCOMMS_FLAG_REPLY))
+		if (budget < 0 && !(view.flags & KUCOMMS_FLAG_REPLY) &&
+		    !(first && !taken)) {
+			more = 1;
 			break;
+		}
 		message = message_from(self, &view);
 		failed = !message ||
 			 PyList_Append(view.flags & KUCOMMS_FLAG_REPLY ?
-				       args[3] : args[2], message);
+				       replies : messages, message);
 		Py_XDECREF(message);
 		if (failed)
 			break;
 		kucomms_channel_advance(channel, &view);
+		taken = 1;
 	}
 	self->receiving = 0;
-	if (kucomms_channel_release(channel))
-		ring_doorbell(self);
+	release_space(self, lazily);
 	end_use(self);
-	return failed ? NULL : from_status(status);
+	if (failed)
+		return -1;
+	return status == OK && lazily && (more || limit == 0) ? MORE : status;
+}
+
+static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
+				 Py_ssize_t nargs)
+{
+	enum status status;
+	Py_ssize_t limit;
+	long long budget;
+	int result;
+
+	if (check_args("receive", nargs, 5))
+		return NULL;
+	limit = PyLong_AsSsize_t(args[0]);
+	if (limit == -1 && PyErr_Occurred())
+		return NULL;
+	budget = PyLong_AsLongLong(args[1]);
+	if (budget == -1 && PyErr_Occurred())
+		return NULL;
+	status = may_receive(self);
+	if (status != OK || self->receiving)
+		return from_status(status);
+	result = receive_batch(self, limit, budget, args[2], args[3],
+			       args[4] == Py_True, 0);
+	return result < 0 ? NULL : from_status((enum status)result);
+}
+
+/* ---- serving: receiving and handling, over and over ---------------------- */
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static int any_front(struct kucomms_channel *const *channels, unsigned int count)
+{
+	unsigned int i;
+
+	for (i = 0; i < count; i++)
+		if (kucomms_ring_has_front(&channels[i]->rx))
+			return 1;
+	return 0;
+}
+
+/*
+ * Spin until there is something, at most @limit ns. The channels are in use.
+ * A busy peer answers within a microsecond, which is less than it takes to get
+ * the GIL back from a busy thread; so only then it is dropped.
+ */
+static int spin(struct kucomms_channel *const *channels, unsigned int count,
+		uint64_t limit, uint64_t *spent)
+{
+	uint64_t begin = now_ns();
+	unsigned int look;
+	int hit = 0;
+
+	for (look = 0; look < POLL_HELD && !hit; look++) {
+		hit = any_front(channels, count);
+		if (!hit)
+			kucomms_cpu_relax();
+	}
+	if (!hit) {
+		Py_BEGIN_ALLOW_THREADS
+		hit = kucomms_channels_poll(channels, count, limit);
+		Py_END_ALLOW_THREADS
+	}
+	*spent = now_ns() - begin;
+	return hit;
+}
+
+/*
+ * Hand messages[handled:] to the handler. Return: NULL with an exception, None
+ * when all are handled, False after @deadline, or what the handler waits with.
+ */
+static PyObject *handle_batch(ChannelObject *self, PyObject *handler,
+			      PyObject *link, PyObject *messages,
+			      uint64_t deadline)
+{
+	/* A handler that closes its link clears the list. */
+	while (self->handled < PyList_Size(messages)) {
+		PyObject *message = PyList_GetItem(messages, self->handled);
+		PyObject *result, *yielded = NULL;
+
+		Py_INCREF(message);
+		self->handled++;
+		self->calls++;
+		result = PyObject_CallFunctionObjArgs(handler, message, link,
+						      NULL);
+		Py_DECREF(message);
+		if (!result)
+			return NULL;
+		if (Py_TYPE(result) == self->state->coroutine_type) {
+			/* For most handlers the first step is the last one. */
+			switch (PyIter_Send(result, Py_None, &yielded)) {
+			case PYGEN_RETURN:
+				Py_DECREF(yielded);
+				break;
+			case PYGEN_NEXT:
+				return Py_BuildValue("(NN)", result, yielded);
+			case PYGEN_ERROR:
+				Py_DECREF(result);
+				return NULL;
+			}
+		} else if (result != Py_None) {
+			return Py_BuildValue("(NO)", result, Py_None);
+		}
+		Py_DECREF(result);
+		if (self->calls % GLANCE == 0 && now_ns() >= deadline)
+			Py_RETURN_FALSE;
+	}
+	Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(channel_serve_doc,
+"serve(handler, link, messages, replies, limit, budget, deadline, poll, poll_until,\n"
+"      others, events, inbox) -> status or (result, yielded)\n\n"
+"Call handler(message, link) for what is in the list messages already and then for\n"
+"what can be received lazily, batch by batch of at most limit messages, until\n\n"
+"OK: nothing is left, also after polling for poll nanoseconds (0: no polling; none is\n"
+"begun after poll_until). MORE: there may be more, but limit is 0, or something is in\n"
+"others, events, inbox or replies; then also in messages. PAUSE: the same within a batch, time.monotonic() has passed\n"
+"deadline. What receive() answers else, with messages to be handled first.\n"
+"(coroutine, yielded): the handler wants to wait, and has yielded this.\n"
+"(result, None): it has returned something else, perhaps to be awaited.\n\n"
+"The caller looks after replies and, at the end, owing, and calls again. Raises\n"
+"what the handler raises; the next call goes on with the message after it.");
+
+static PyObject *channel_serve(ChannelObject *self, PyObject *const *args,
+			       Py_ssize_t nargs)
+{
+	PyObject *messages, *replies, *result;
+	double deadline_s, poll_until_s;
+	uint64_t deadline, spent;
+	unsigned long poll;
+	Py_ssize_t limit;
+	long long budget;
+	int status, hit;
+
+	if (check_args("serve", nargs, 12))
+		return NULL;
+	messages = args[2];
+	replies = args[3];
+	limit = PyLong_AsSsize_t(args[4]);
+	budget = PyLong_AsLongLong(args[5]);
+	deadline_s = PyFloat_AsDouble(args[6]);
+	poll = PyLong_AsUnsignedLong(args[7]);
+	poll_until_s = PyFloat_AsDouble(args[8]);
+	if (PyErr_Occurred())
+		return NULL;
+	deadline = deadline_s < 1e9 ? (uint64_t)(deadline_s * 1e9) : UINT64_MAX;
+	for (;;) {
+		if (PyList_Size(messages)) {
+			result = handle_batch(self, args[0], args[1], messages,
+					      deadline);
+			if (result != Py_None && result != Py_False)
+				return result;
+			Py_DECREF(result);
+			if (result == Py_False)
+				return from_status(PAUSE);
+			if (PyList_SetSlice(messages, 0, PY_SSIZE_T_MAX, NULL))
+				return NULL;
+			self->handled = 0;
+			if (PyObject_Size(args[9]) || PyObject_Size(args[10]))
+				return from_status(MORE);
+		}
+		/* What was taken out of the ring meanwhile is older. */
+		if (!limit || PyObject_Size(args[11]))
+			return from_status(MORE);
+		status = may_receive(self);
+		if (status != OK)
+			return from_status(status);
+		if (self->receiving)
+			return from_status(MORE);
+		status = receive_batch(self, limit, budget, messages, replies,
+				       1, 1);
+		if (status < 0)
+			return NULL;
+		if ((status != OK && status != MORE) || PyList_Size(replies))
+			return from_status(status == OK ? MORE : status);
+		if (PyList_Size(messages))
+			continue;
+		if (!poll || PyObject_Size(args[9]) || PyObject_Size(args[10]) ||
+		    may_receive(self) != OK ||
+		    (double)now_ns() * 1e-9 >= poll_until_s)
+			return from_status(OK);
+		begin_use(self);
+		hit = spin(&self->channel, 1, poll, &spent);
+		end_use(self);
+		self->poll_ns += spent;
+		if (!hit)
+			return from_status(OK);
+		self->polls_hit++;
+	}
+}
+
+PyDoc_STRVAR(channel_wake_producer_doc,
+"wake_producer()\n\nRing, if the peer sleeps until there is space. After receiving\n"
+"lazily.");
+
+static PyObject *channel_wake_producer(ChannelObject *self, PyObject *unused)
+{
+	(void)unused;
+	self->owing = 0;
+	if (may_receive(self) == OK) {
+		begin_use(self);
+		if (kucomms_channel_wake_producer(self->channel))
+			ring_doorbell(self);
+		end_use(self);
+	}
+	Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(channel_borrow_doc,
@@ -1065,6 +1369,7 @@ static PyObject *channel_unmap(ChannelObject *self, PyObject *unused)
 	self->open = 0;
 	self->attached = 0;
 	self->unmap_wanted = 1;
+	self->eventfd = -1;
 	Py_CLEAR(self->doorbell);
 	Py_CLEAR(self->room);
 	unmap_if_unused(self);
@@ -1074,6 +1379,12 @@ static PyObject *channel_unmap(ChannelObject *self, PyObject *unused)
 static int readable(const ChannelObject *self)
 {
 	return self->mapped && self->attached && !forked(self);
+}
+
+static PyObject *channel_get_may_receive(ChannelObject *self, void *unused)
+{
+	(void)unused;
+	return from_status(may_receive(self));
 }
 
 static PyObject *channel_get_peer_state(ChannelObject *self, void *unused)
@@ -1088,6 +1399,12 @@ static PyObject *channel_get_peer_starves(ChannelObject *self, void *unused)
 	(void)unused;
 	return PyBool_FromLong(readable(self) &&
 			       kucomms_channel_peer_starves(self->channel));
+}
+
+static PyObject *channel_get_owing(ChannelObject *self, void *unused)
+{
+	(void)unused;
+	return PyBool_FromLong(self->owing);
 }
 
 static PyObject *channel_get_tx_avail(ChannelObject *self, void *unused)
@@ -1155,14 +1472,22 @@ static PyObject *channel_get_forked(ChannelObject *self, void *unused)
 
 static PyMethodDef channel_methods[] = {
 	METHOD("attach", channel_attach, METH_O, channel_attach_doc),
+	METHOD("mute", channel_mute, METH_NOARGS, channel_mute_doc),
 	METHOD("on_room", channel_on_room, METH_O, channel_on_room_doc),
 	METHOD("send", channel_send, METH_FASTCALL, channel_send_doc),
+	METHOD("send_paced", channel_send_paced, METH_FASTCALL,
+	       channel_send_paced_doc),
+	METHOD("send_reply", channel_send_reply, METH_FASTCALL,
+	       channel_send_reply_doc),
 	METHOD("send_threadsafe", channel_send_threadsafe, METH_FASTCALL,
 	       channel_send_threadsafe_doc),
 	METHOD("send_many", channel_send_many, METH_FASTCALL,
 	       channel_send_many_doc),
 	METHOD("reserve", channel_reserve, METH_FASTCALL, channel_reserve_doc),
 	METHOD("receive", channel_receive, METH_FASTCALL, channel_receive_doc),
+	METHOD("wake_producer", channel_wake_producer, METH_NOARGS,
+	       channel_wake_producer_doc),
+	METHOD("serve", channel_serve, METH_FASTCALL, channel_serve_doc),
 	METHOD("borrow", channel_borrow, METH_NOARGS, channel_borrow_doc),
 	METHOD("park_receive", channel_park_receive, METH_NOARGS,
 	       channel_park_receive_doc),
@@ -1181,8 +1506,10 @@ static PyMethodDef channel_methods[] = {
 	{ #name, (getter)channel_get_##name, NULL, doc, NULL }
 
 static PyGetSetDef channel_getset[] = {
+	GETTER(may_receive, "OK, CLOSED, WRONG_THREAD or FORKED"),
 	GETTER(peer_state, "what the peer says of itself: 0 open"),
 	GETTER(peer_starves, "after parking: the peer waits for what is borrowed"),
+	GETTER(owing, "after receiving lazily: wake_producer() is to be called"),
 	GETTER(tx_avail, "bytes sent and not yet released by the peer"),
 	GETTER(tx_free, "bytes that can be sent now, headers included"),
 	GETTER(rx_avail, "bytes that wait to be read, headers included"),
@@ -1197,12 +1524,23 @@ PyDoc_STRVAR(channel_doc,
 "Takes over a struct kucomms_channel that _setup made. Every method but\n"
 "send_threadsafe and the two for parking sends belongs to the thread of attach().");
 
+static PyMemberDef channel_members[] = {
+	{ "calls", T_ULONGLONG, offsetof(ChannelObject, calls), READONLY,
+	  "of handlers, by serve()" },
+	{ "polls_hit", T_ULONGLONG, offsetof(ChannelObject, polls_hit),
+	  READONLY, "polls in serve() that found something" },
+	{ "poll_ns", T_ULONGLONG, offsetof(ChannelObject, poll_ns), READONLY,
+	  "nanoseconds of polling in serve()" },
+	{ NULL, 0, 0, 0, NULL },
+};
+
 static PyType_Slot channel_slots[] = {
 	SLOT(Py_tp_new, channel_new),
 	SLOT(Py_tp_dealloc, channel_dealloc),
 	SLOT(Py_tp_traverse, channel_traverse),
 	SLOT(Py_tp_clear, channel_clear),
 	SLOT(Py_tp_methods, channel_methods),
+	SLOT(Py_tp_members, channel_members),
 	SLOT(Py_tp_getset, channel_getset),
 	{ Py_tp_doc, (void *)channel_doc },
 	{ 0, NULL },
@@ -1218,20 +1556,25 @@ static PyType_Spec channel_spec = {
 /* ---- module -------------------------------------------------------------- */
 
 PyDoc_STRVAR(configure_doc,
-"configure(message_type)\n\nThe class of received messages: called with data, type,\n"
-"id, user_value, which are its attributes as well.");
+"configure(message_type, coroutine_type)\n\nThe class of received messages: called\n"
+"with data, type, id, user_value, which are its attributes as well; and that of\n"
+"what calling a coroutine function gives.");
 
-static PyObject *configure(PyObject *module, PyObject *message_type)
+static PyObject *configure(PyObject *module, PyObject *const *args,
+			   Py_ssize_t nargs)
 {
 	struct module_state *state = PyModule_GetState(module);
-	PyTypeObject *old = state->message_type;
 
-	if (!PyType_Check(message_type)) {
+	if (check_args("configure", nargs, 2))
+		return NULL;
+	if (!PyType_Check(args[0]) || !PyType_Check(args[1])) {
 		PyErr_SetString(PyExc_TypeError, "not a type");
 		return NULL;
 	}
-	state->message_type = (PyTypeObject *)Py_NewRef(message_type);
-	Py_XDECREF(old);
+	Py_XDECREF(state->message_type);
+	Py_XDECREF(state->coroutine_type);
+	state->message_type = (PyTypeObject *)Py_NewRef(args[0]);
+	state->coroutine_type = (PyTypeObject *)Py_NewRef(args[1]);
 	Py_RETURN_NONE;
 }
 
@@ -1256,6 +1599,25 @@ static PyObject *ring_socket(PyObject *module, PyObject *fd)
 			break;
 		return PyLong_FromLong(errno);
 	}
+	return PyLong_FromLong(0);
+}
+
+PyDoc_STRVAR(drain_eventfd_doc,
+"drain_eventfd(fd) -> errno\n\nTake the doorbells off, never blocking. EAGAIN: none.");
+
+static PyObject *drain_eventfd(PyObject *module, PyObject *fd)
+{
+	long number = PyLong_AsLong(fd);
+	uint64_t bells;
+	struct iovec at = { &bells, sizeof(bells) };
+
+	(void)module;
+	if (number == -1 && PyErr_Occurred())
+		return NULL;
+	/* The peer shares the descriptor's O_NONBLOCK and can clear it. */
+	while (preadv2((int)number, &at, 1, -1, RWF_NOWAIT) < 0)
+		if (errno != EINTR)
+			return PyLong_FromLong(errno);
 	return PyLong_FromLong(0);
 }
 
@@ -1304,9 +1666,67 @@ static PyObject *drain_socket(PyObject *module, PyObject *fd)
 	return from_status(FULL);
 }
 
+PyDoc_STRVAR(poll_doc,
+"poll(channels, nanoseconds) -> int\n\n"
+"Spin until one of a list of channels (of which the first 64 count) has something\n"
+"to read, without the GIL but for the first microsecond. How many nanoseconds it\n"
+"took, getting the GIL back included; as a negative number when nothing came.");
+
+static PyObject *poll_channels(PyObject *module, PyObject *const *args,
+			       Py_ssize_t nargs)
+{
+	struct module_state *state = PyModule_GetState(module);
+	struct kucomms_channel *channels[POLL_MOST];
+	ChannelObject *objects[POLL_MOST];
+	unsigned long long limit;
+	unsigned int count = 0, i;
+	uint64_t taken = 0;
+	int hit = 0;
+
+	if (check_args("poll", nargs, 2))
+		return NULL;
+	limit = PyLong_AsUnsignedLongLong(args[1]);
+	if (limit == (unsigned long long)-1 && PyErr_Occurred())
+		return NULL;
+	for (; count < POLL_MOST && (Py_ssize_t)count < PyList_Size(args[0]);
+	     count++) {
+		PyObject *item = PyList_GetItem(args[0], count);
+
+		if (!item || !PyObject_TypeCheck(item, state->channel_type)) {
+			PyErr_SetString(PyExc_TypeError, "a list of channels");
+			goto error;
+		}
+		objects[count] = (ChannelObject *)Py_NewRef(item);
+		begin_use(objects[count]);
+		channels[count] = objects[count]->channel;
+		/* One that is over needs to be looked at. */
+		if (may_receive(objects[count]) != OK) {
+			count++;
+			hit = 1;
+			break;
+		}
+	}
+	if (!hit)
+		hit = spin(channels, count, limit, &taken);
+	for (i = 0; i < count; i++) {
+		end_use(objects[i]);
+		Py_DECREF(objects[i]);
+	}
+	return PyLong_FromLongLong(hit ? (long long)taken : -(long long)taken - 1);
+
+error:
+	for (i = 0; i < count; i++) {
+		end_use(objects[i]);
+		Py_DECREF(objects[i]);
+	}
+	return NULL;
+}
+
 static PyMethodDef module_methods[] = {
+	METHOD("drain_eventfd", drain_eventfd, METH_O, drain_eventfd_doc),
 	METHOD("drain_socket", drain_socket, METH_O, drain_socket_doc),
-	METHOD("configure", configure, METH_O, configure_doc),
+	METHOD("poll", poll_channels, METH_FASTCALL, poll_doc),
+	METHOD("configure", configure, METH_FASTCALL, configure_doc),
 	METHOD("ring_device", ring_device, METH_O, ring_device_doc),
 	METHOD("ring_socket", ring_socket, METH_O, ring_socket_doc),
 	{ NULL, NULL, 0, NULL },
@@ -1336,6 +1756,8 @@ static int module_exec(PyObject *module)
 		{ "WRONG_THREAD", WRONG_THREAD },
 		{ "FORKED", FORKED },
 		{ "TOO_MANY_LOANS", TOO_MANY_LOANS },
+		{ "PAUSE", PAUSE },
+		{ "MORE", MORE },
 		{ "FLAG_REPLY", KUCOMMS_FLAG_REPLY },
 		{ "STATE_OPEN", KUCOMMS_STATE_OPEN },
 		{ "STATE_CLOSED", KUCOMMS_STATE_CLOSED },
@@ -1378,6 +1800,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 	Py_VISIT(state->reservation_type);
 	Py_VISIT(state->borrow_type);
 	Py_VISIT(state->message_type);
+	Py_VISIT(state->coroutine_type);
 	return 0;
 }
 
@@ -1389,6 +1812,7 @@ static int module_clear(PyObject *module)
 	Py_CLEAR(state->reservation_type);
 	Py_CLEAR(state->borrow_type);
 	Py_CLEAR(state->message_type);
+	Py_CLEAR(state->coroutine_type);
 	Py_CLEAR(state->name_data);
 	Py_CLEAR(state->name_type);
 	Py_CLEAR(state->name_id);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 OK: int
@@ -11,16 +11,20 @@ PROTOCOL: int
 WRONG_THREAD: int
 FORKED: int
 TOO_MANY_LOANS: int
+PAUSE: int
+MORE: int
 FLAG_REPLY: int
 STATE_OPEN: int
 STATE_CLOSED: int
 STATE_SHUTDOWN: int
 HEADER_SIZE: int
 
-def configure(message_type: type, /) -> None: ...
+def configure(message_type: type, coroutine_type: type, /) -> None: ...
 def ring_socket(fd: int, /) -> int: ...
 def ring_device(fd: int, /) -> int: ...
 def drain_socket(fd: int, /) -> int: ...
+def drain_eventfd(fd: int, /) -> int: ...
+def poll(channels: list[Channel], nanoseconds: int, /) -> int: ...
 
 class Reservation:
     def __buffer__(self, flags: int, /) -> memoryview: ...
@@ -33,11 +37,16 @@ class Borrow:
     user_value: int
     flags: int
     def __buffer__(self, flags: int, /) -> memoryview: ...
-    def release(self) -> bool: ...
+    def release(self, lazily: bool = False, /) -> bool: ...
 
 class Channel:
+    may_receive: int
     peer_state: int
     peer_starves: bool
+    owing: bool
+    calls: int
+    polls_hit: int
+    poll_ns: int
     tx_avail: int
     tx_free: int
     rx_avail: int
@@ -45,33 +54,51 @@ class Channel:
     ring_size: int
     forked: bool
     def __new__(cls, address: int, /) -> Channel: ...
-    def attach(self, doorbell: Callable[[], object], /) -> None: ...
+    def attach(self, doorbell: Callable[[], object] | int, /) -> None: ...
+    def mute(self) -> None: ...
     def on_room(self, callback: Callable[[], object], /) -> None: ...
     def send(
-        self,
-        data: Any,
-        type: int | None,
-        id: int | None,
-        user_value: int | None,
-        flags: int,
-        /,
+        self, data: Any, type: int | None, id: int | None, user_value: int | None, /
+    ) -> int: ...
+    def send_paced(
+        self, data: Any, type: int | None, id: int | None, user_value: int | None, /
+    ) -> int: ...
+    def send_reply(
+        self, data: Any, type: int | None, id: int | None, user_value: int | None, /
     ) -> int: ...
     def send_threadsafe(
-        self,
-        data: Any,
-        type: int | None,
-        id: int | None,
-        user_value: int | None,
-        flags: int,
-        /,
+        self, data: Any, type: int | None, id: int | None, user_value: int | None, /
     ) -> int: ...
     def send_many(self, messages: Sequence[Any], start: int, /) -> tuple[int, int]: ...
     def reserve(
         self, size: int, type: int | None, id: int | None, user_value: int | None, /
     ) -> Reservation | int: ...
     def receive(
-        self, limit: int, budget: int, messages: list[Any], replies: list[Any], /
+        self,
+        limit: int,
+        budget: int,
+        messages: list[Any],
+        replies: list[Any],
+        first: bool,
+        /,
     ) -> int: ...
+    def serve(
+        self,
+        handler: Callable[..., Any],
+        link: Any,
+        messages: list[Any],
+        replies: list[Any],
+        limit: int,
+        budget: int,
+        deadline: float,
+        poll: int,
+        poll_until: float,
+        others: Sized,
+        events: Sized,
+        inbox: Sized,
+        /,
+    ) -> int | tuple[Any, Any]: ...
+    def wake_producer(self) -> None: ...
     def borrow(self) -> Borrow | int: ...
     def park_receive(self) -> bool: ...
     def park_send(self, size: int, /) -> bool: ...

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds kucomms._core._setup: what happens once per link, through cffi.
 
-These calls drop the GIL: mapping, creating shared memory, polling. What runs
-per message is in _ring.c.
+These calls drop the GIL: mapping, creating shared memory. What runs per message
+is in _ring.c.
 """
 
 from pathlib import Path
@@ -24,6 +24,8 @@ ffi.cdef("""
     #define KUCOMMS_STEP_SETUP ...
     #define KUCOMMS_STEP_ATTACH ...
     #define KUCOMMS_SEALED ...
+    #define KUCOMMS_EVENTFDS ...
+    #define KUCOMMS_RENDEZVOUS_FLAGS ...
     #define KUCOMMS_DOORBELL ...
     #define KUCOMMS_ACCEPTED ...
     #define KUCOMMS_REFUSED_BUSY ...
@@ -70,8 +72,6 @@ ffi.cdef("""
     int kucomms_channel_attach(struct kucomms_channel *channel, int fd,
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
-    int kucomms_channels_poll(struct kucomms_channel *const *channels,
-                              unsigned int count, uint64_t nanoseconds);
 """)
 
 ffi.set_source(

@@ -17,7 +17,7 @@ import click
 import structlog
 
 from kucomms import KucommsError, __version__
-from kucomms.cli import device, doctor, echo, listen, longtest, send
+from kucomms.cli import bench, device, doctor, echo, listen, longtest, send
 
 __all__ = ["main"]
 
@@ -39,7 +39,7 @@ def group() -> None:
     """
 
 
-for module in (device, doctor, echo, listen, longtest, send):
+for module in (bench, device, doctor, echo, listen, longtest, send):
     group.add_command(module.command)
 
 

@@ -102,6 +102,9 @@ class ConnectOptions(msgspec.Struct, frozen=True, kw_only=True):
 class Connection(ABC):
     """One end of an established link, as its transport sees it."""
 
+    pollable = True
+    """Whether the peer can send while this thread spins: it does not run in its loop."""
+
     def __init__(self, url: str, channel: Channel, peer: Peer) -> None:
         self.url = url
         self.channel = channel

@@ -239,6 +239,7 @@ def _make_pair(
         url, connector, Peer(pid=me[0], uid=me[1], hello=options.hello), request.loop
     )
     ours.other, theirs.other = theirs, ours
+    ours.pollable = theirs.pollable = loop is not request.loop
     return ours, theirs
 
 

@@ -3,8 +3,9 @@
 
 Memory: a ``shm_open`` object for each link, made by the listening side, unlinked as
 soon as it is open, and passed over the socket; for peers of other users a sealed memfd
-of each side's own pages. Doorbell: a byte on the link's socket. The peer's life: end
-of file, and a pidfd. How two processes meet is described in
+of each side's own pages. Doorbell: an eventfd for each direction, and for peers of
+other users, or that know no eventfds, a byte on the link's socket. The peer's life: end
+of file on that socket, and a pidfd. How two processes meet is described in
 ``include/kucomms/rendezvous.h``.
 """
 
@@ -17,15 +18,15 @@ import fcntl
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import structlog
 
 from kucomms import _core
-from kucomms._core import CLOSED, FULL, PROTOCOL, drain_socket, lib, ring_socket
+from kucomms._core import CLOSED, FULL, PROTOCOL, drain_eventfd, drain_socket, lib, ring_socket
 from kucomms.exceptions import (
     BusyError,
     KucommsError,
@@ -66,14 +67,24 @@ _FDS = 4
 
 
 class ShmConnection(Connection):
-    """A link's socket, its pidfd, and its channel."""
+    """A link's socket, its pidfd, its eventfds if it has some, and its channel.
+
+    ``bells``: the eventfds that are rung for us and for the peer. Takes over all of them.
+    """
 
     def __init__(
-        self, url: str, channel: _core.Channel, peer: Peer, sock: socket.socket, pidfd: int
+        self,
+        url: str,
+        channel: _core.Channel,
+        peer: Peer,
+        sock: socket.socket,
+        pidfd: int,
+        bells: tuple[int, int] | None,
     ) -> None:
         super().__init__(url, channel, peer)
         self._sock: socket.socket | None = sock
         self._pidfd = pidfd
+        self._bells = bells
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken: Callable[[], None]
         self._gone: Callable[[KucommsError | None], None]
@@ -85,14 +96,21 @@ class ShmConnection(Connection):
         self._woken = woken
         self._gone = gone
         self._loop = asyncio.get_running_loop()
-        self.channel.attach(self.ring)
+        self.channel.attach(self.ring if self._bells is None else self._bells[1])
         self._loop.add_reader(self._sock.fileno(), self._readable)
         self._loop.add_reader(self._pidfd, self._died)
+        if self._bells is not None:
+            self._loop.add_reader(self._bells[0], self._rung)
 
     def ring(self) -> None:
         sock = self._sock
         if sock is not None:
             ring_socket(sock.fileno())  # that it is broken, its reader will see
+
+    def _rung(self) -> None:
+        if self._bells is not None:
+            drain_eventfd(self._bells[0])
+            self._woken()
 
     def _readable(self) -> None:
         """Read to the end of what is there.
@@ -123,14 +141,18 @@ class ShmConnection(Connection):
 
     def close(self) -> None:
         sock, self._sock = self._sock, None
+        bells, self._bells = self._bells, None
         if sock is None:
             return
+        self.channel.mute()
         # A forked child shares the loop's epoll: what it took out there, it took from us.
         if self._loop is not None and not self._loop.is_closed() and not self.channel.forked:
             self._loop.remove_reader(sock.fileno())
             self._loop.remove_reader(self._pidfd)
+            if bells is not None:
+                self._loop.remove_reader(bells[0])
         sock.close()
-        os.close(self._pidfd)
+        _close_all([self._pidfd, *(bells or ())])
 
 
 # ---- the records of the rendezvous ------------------------------------------
@@ -163,7 +185,7 @@ def _check_record(url: str, data: bytes, step: int) -> Any:
         record.step != step
         or record.reserved
         or record.hello_length > lib.KUCOMMS_HELLO_MAX
-        or record.flags & ~lib.KUCOMMS_SEALED
+        or record.flags & ~lib.KUCOMMS_RENDEZVOUS_FLAGS
     ):
         raise ProtocolError(f"{url}: the other side sent nonsense instead of its greeting")
     return record
@@ -264,17 +286,47 @@ def _dropped(url: str, number: int | None) -> TransportError:
     return TransportError(number, f"{url}: the other side dropped the link while it was set up")
 
 
-def _send_record(url: str, sock: socket.socket, data: bytes, fd: int | None = None) -> None:
+def _send_record(url: str, sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
     """Send a record; a new socket has room for it."""
     ancillary = []
-    if fd is not None:
-        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd])))
+    if fds:
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)))
     try:
         sent = sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
     except OSError as error:
         raise _dropped(url, error.errno) from error
     if sent != len(data):
         raise TransportError(errno.EAGAIN, f"{url}: the other side does not read its socket")
+
+
+# ---- doorbells --------------------------------------------------------------
+
+
+@cache
+def _eventfds_work() -> bool:
+    """Whether an eventfd can be read without ever blocking; a sandbox may forbid how."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        return drain_eventfd(fd) == errno.EAGAIN
+    finally:
+        os.close(fd)
+
+
+def _new_bells(fds: list[int]) -> tuple[int, int]:
+    """Two eventfds, also added to ``fds``: rung for the listener, for the connecting side."""
+    for _ in range(2):
+        fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    return fds[-2], fds[-1]
+
+
+def _check_bells(url: str, fds: list[int]) -> tuple[int, int]:
+    """The two eventfds that were passed after the memory, in the order of ``_new_bells``."""
+    bells = fds[1:]
+    if len(bells) != 2 or any(
+        os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]" for fd in bells
+    ):
+        raise ProtocolError(f"{url}: the other side did not pass the two eventfds it announced")
+    return bells[0], bells[1]
 
 
 # ---- memory -----------------------------------------------------------------
@@ -480,6 +532,10 @@ class ShmListener(Listener):
                     self._refuse(sock, lib.KUCOMMS_REFUSED_MEMORY)
                 raise
             flags = 0 if own else lib.KUCOMMS_SEALED
+            bells = None
+            if own and wanted.flags & lib.KUCOMMS_EVENTFDS and _eventfds_work():
+                flags |= lib.KUCOMMS_EVENTFDS
+                bells = _new_bells(fds)
             _send_record(
                 url,
                 sock,
@@ -489,12 +545,13 @@ class ShmListener(Listener):
                     ring_size=ring_size,
                     flags=flags,
                 ),
-                fd,
+                fds,
             )
             channel = await self._attached(sock, pidfd, half, fd, side, own)
             peer = Peer(pid=pid, uid=uid, hello=_hello_of(wanted))
-            connection = ShmConnection(url, channel, peer, sock, pidfd)
+            connection = ShmConnection(url, channel, peer, sock, pidfd, bells)
             pidfd = -1
+            del fds[1:]  # the bells, which are the connection's
             return connection
         except OSError as error:
             if isinstance(error, KucommsError):
@@ -592,7 +649,12 @@ async def _attach(
                 "that is meant",
             )
         pidfd = peer_pidfd(sock, url)
-        hello = _record(lib.KUCOMMS_STEP_HELLO, hello=options.hello, ring_size=options.ring_size)
+        hello = _record(
+            lib.KUCOMMS_STEP_HELLO,
+            hello=options.hello,
+            ring_size=options.ring_size,
+            flags=lib.KUCOMMS_EVENTFDS if _eventfds_work() else 0,
+        )
         try:
             _send_record(url, sock, hello)
         except TransportError as error:
@@ -609,20 +671,28 @@ async def _attach(
         sealed = bool(setup.flags & lib.KUCOMMS_SEALED)
         if uid != os.geteuid() and not sealed:
             raise ProtocolError(f"{url}: another user's listener must offer sealed memory")
-        theirs = _check_memory(url, fds, side if sealed else 2 * side, sealed)
-        mine = None
+        bells = None
+        if setup.flags & lib.KUCOMMS_EVENTFDS and not sealed:
+            theirs_rung, ours_rung = _check_bells(url, fds)
+            bells = ours_rung, theirs_rung
+        theirs = _check_memory(
+            url, fds[:1] if bells else fds, side if sealed else 2 * side, sealed
+        )
+        mine = []
         if sealed:
-            mine = _new_memory(url, side, sealed=True)
-            fds.append(mine)
-            half = _core.HalfChannel(url, 1, ring_size, mine, 0)
-            _seal(mine)
+            mine = [_new_memory(url, side, sealed=True)]
+            fds.extend(mine)
+            half = _core.HalfChannel(url, 1, ring_size, mine[0], 0)
+            _seal(mine[0])
         else:
             half = _core.HalfChannel(url, 1, ring_size, theirs, side)
         channel = half.attach(theirs, 0)
         _send_record(url, sock, _record(lib.KUCOMMS_STEP_ATTACH, ring_size=ring_size), mine)
         peer = Peer(pid=pid, uid=uid, hello=_hello_of(setup))
-        connection = ShmConnection(url, channel, peer, sock, pidfd)
+        connection = ShmConnection(url, channel, peer, sock, pidfd, bells)
         pidfd = -1
+        if bells:
+            del fds[1:]  # they are the connection's now
         return connection
     except OSError as error:
         if isinstance(error, KucommsError):

@@ -347,7 +347,7 @@ static void test_death(void)
 	struct kucomms_frame *frame;
 
 	pair_open(&pair, 4096, 0);
-	CHECK(!kucomms_channel_reserve(&pair.a.channel, 10, 0, &frame, NULL));
+	CHECK(!kucomms_channel_reserve(&pair.a.channel, 10, &frame, NULL));
 	CHECK(!send_text(&pair.a, "last words", 0));
 	CHECK(receive_nothing(&pair.b, 0) == -EAGAIN);
 	shutdown(pair.a.socket, SHUT_RDWR);
@@ -467,7 +467,7 @@ static void test_discarded_space_comes_back(void)
 
 	pair_open(&pair, 4096, 0);
 	most = (uint32_t)kucomms_message_max(pair.a.channel.ring_size);
-	CHECK(!kucomms_channel_reserve(&pair.a.channel, most, 0, &frame,
+	CHECK(!kucomms_channel_reserve(&pair.a.channel, most, &frame,
 				       NULL));
 	kucomms_channel_discard(&pair.a.channel, frame, most);
 	CHECK(send_text(&pair.a, "x", 0) == -EAGAIN);
@@ -655,7 +655,7 @@ static const struct mistake mistakes[] = {
 	{ AT(step), 4, -EPROTO },
 	{ AT(features), 1, -EPROTONOSUPPORT },
 	{ AT(features) + 7, 1, -EPROTONOSUPPORT },
-	{ AT(flags), 2, -EPROTO },
+	{ AT(flags), 4, -EPROTO },
 	{ AT(flags) + 3, 128, -EPROTO },
 	{ AT(hello_length), 65, -EPROTO },
 	{ AT(hello_length) + 3, 128, -EPROTO },

@@ -166,7 +166,7 @@ static void test_sizes(void)
 	CHECK(kucomms_channel_tx_free(&pair.a) == pair.size);
 	CHECK(kucomms_channel_tx_avail(&pair.a) == 0);
 	CHECK(send_pattern(&pair, most + 1, 4) == -EMSGSIZE);
-	CHECK(kucomms_channel_reserve(&pair.a, UINT32_MAX, 0, &frame, NULL) ==
+	CHECK(kucomms_channel_reserve(&pair.a, UINT32_MAX, &frame, NULL) ==
 	      -EMSGSIZE);
 	expect_empty(&pair);
 	CHECK(pair.a.messages_sent == 3 && pair.b.messages_received == 3);
@@ -321,7 +321,7 @@ static struct kucomms_frame *reserve(struct pair *pair, uint32_t length,
 	struct kucomms_frame *frame;
 	uint32_t i;
 
-	CHECK(!kucomms_channel_reserve(&pair->a, length, 0, &frame, pin));
+	CHECK(!kucomms_channel_reserve(&pair->a, length, &frame, pin));
 	frame->type = seed;
 	frame->id = ~seed;
 	frame->user_value = seed * 3;
@@ -638,6 +638,85 @@ static void test_space_epoch(void)
 	pair_close(&pair);
 }
 
+/* Released lazily: a bell when a quarter is free, and whoever stops can ask. */
+static void test_lazy_release(void)
+{
+	uint64_t fits, i, quarter;
+	struct kucomms_view view;
+	struct pair pair;
+
+	pair_open(&pair, 0);
+	fits = pair.size / 32;
+	quarter = fits / 4;
+	CHECK(kucomms_channel_release_lazily(&pair.b) == 0);
+	for (i = 0; i < fits; i++)
+		CHECK(send_pattern(&pair, 0, i) >= 0);
+	/* Nobody sleeps for it. */
+	receive_pattern(&pair, 0, 0);
+	CHECK(kucomms_channel_release_lazily(&pair.b) == 0);
+	CHECK(send_pattern(&pair, 0, fits) >= 0);
+	CHECK(kucomms_channel_park_tx(&pair.a, 0) == 0);
+	for (i = 1; i < quarter; i++) {
+		CHECK(!kucomms_channel_peek(&pair.b, &view));
+		kucomms_channel_advance(&pair.b, &view);
+		CHECK(kucomms_channel_release_lazily(&pair.b) == -EAGAIN);
+	}
+	for (; i <= quarter + 3; i++) {
+		CHECK(!kucomms_channel_peek(&pair.b, &view));
+		kucomms_channel_advance(&pair.b, &view);
+		CHECK(kucomms_channel_release_lazily(&pair.b) ==
+		      (i == quarter));
+	}
+	CHECK(kucomms_channel_wake_producer(&pair.b) == 0);
+	CHECK(pair.b.doorbells_rung == 1);
+	/* Asked before that, once. */
+	while (send_pattern(&pair, 0, 0) >= 0)
+		;
+	CHECK(kucomms_channel_park_tx(&pair.a, 0) == 0);
+	CHECK(!kucomms_channel_peek(&pair.b, &view));
+	kucomms_channel_advance(&pair.b, &view);
+	CHECK(kucomms_channel_release_lazily(&pair.b) == -EAGAIN);
+	CHECK(kucomms_channel_wake_producer(&pair.b) == 1);
+	CHECK(kucomms_channel_wake_producer(&pair.b) == 0);
+	/* A position that cannot be is rung for. */
+	CHECK(kucomms_channel_park_tx(&pair.a, 32) == 0);
+	raw_producer(&pair)->position += 2 * pair.size;
+	CHECK(!kucomms_channel_peek(&pair.b, &view));
+	kucomms_channel_advance(&pair.b, &view);
+	CHECK(kucomms_channel_release_lazily(&pair.b) == 1);
+	pair_close(&pair);
+}
+
+/* Written first, shown once: the consumer sees all of it or nothing. */
+static void test_publish(void)
+{
+	struct kucomms_frame *frame, *again;
+	struct kucomms_view view;
+	struct pair pair;
+
+	pair_open(&pair, 0);
+	CHECK(!kucomms_ring_next(&pair.a.tx, 8, &frame));
+	CHECK(kucomms_channel_tx_avail(&pair.a) == 0);
+	expect_empty(&pair);
+	/* Nothing was taken: the next one goes to the same place. */
+	CHECK(!kucomms_ring_next(&pair.a.tx, 16, &again));
+	CHECK(again == frame);
+	kucomms_channel_fill(frame, "12345678", 8, 1, 2, 3);
+	expect_empty(&pair);
+	kucomms_ring_publish(&pair.a.tx, frame, 8, KUCOMMS_FLAG_REPLY);
+	CHECK(kucomms_channel_tx_avail(&pair.a) == 40);
+	CHECK(!kucomms_channel_peek(&pair.b, &view));
+	CHECK(view.length == 8 && view.flags == KUCOMMS_FLAG_REPLY);
+	CHECK(view.type == 1 && view.id == 2 && view.user_value == 3);
+	CHECK(!memcmp(view.data, "12345678", 8));
+	CHECK(kucomms_ring_next(&pair.a.tx,
+				(uint32_t)kucomms_message_max(pair.size),
+				&frame) == -EAGAIN);
+	CHECK(kucomms_ring_next(&pair.a.tx, (uint32_t)pair.size, &frame) ==
+	      -EMSGSIZE);
+	pair_close(&pair);
+}
+
 /* A consumer learns that the producer sleeps for what it has borrowed. */
 static void test_starves(void)
 {
@@ -849,7 +928,7 @@ static void expect_refused(struct pair *pair)
 
 	CHECK(send_pattern(pair, 64, 9) == -EPROTO);
 	CHECK(pair->a.protocol_errors == before + 1);
-	CHECK(kucomms_channel_reserve(&pair->a, 64, 0, &frame, NULL) ==
+	CHECK(kucomms_channel_reserve(&pair->a, 64, &frame, NULL) ==
 	      -EPROTO);
 	CHECK(kucomms_channel_park_tx(&pair->a, 64) == -EAGAIN);
 }
@@ -1020,6 +1099,8 @@ static const struct {
 	{ "loan_out", test_loan_out },
 	{ "data_epoch", test_data_epoch },
 	{ "space_epoch", test_space_epoch },
+	{ "lazy_release", test_lazy_release },
+	{ "publish", test_publish },
 	{ "starves", test_starves },
 	{ "poll", test_poll },
 	{ "hostile_producer_position", test_hostile_producer_position },

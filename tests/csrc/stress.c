@@ -256,7 +256,7 @@ static uint64_t send_loans(struct way *way, uint64_t sender, uint64_t sequence,
 		loan->drop = next_random(random) % 4 == 0;
 		loan->sequence = sequence + sent;
 		loan->length = length_of(sender, loan->sequence);
-		err = kucomms_channel_reserve(way->from, loan->length, 0,
+		err = kucomms_channel_reserve(way->from, loan->length,
 					      &loan->frame, &loan->pin);
 		if (err) {
 			CHECK(err == -EAGAIN);

@@ -137,7 +137,7 @@ static void *answer(void *unused)
 		last = view.type;
 		kucomms_channel_advance(&b, &view);
 		kucomms_channel_release(&b);
-		CHECK(!kucomms_channel_reserve(&b, 0, 0, &frame, NULL));
+		CHECK(!kucomms_channel_reserve(&b, 0, &frame, NULL));
 		frame->id = i;
 		kucomms_ring_commit(frame, 0, 0);
 		if (kucomms_ring_wake_consumer(&b.tx))
@@ -200,7 +200,7 @@ static void flood(uint64_t *random)
 	for (i = 0, last = 0; !last; i++) {
 		last = is_last(i);
 		for (;;) {
-			err = kucomms_channel_reserve(&a, length, 0, &frame,
+			err = kucomms_channel_reserve(&a, length, &frame,
 						      NULL);
 			if (!err)
 				break;

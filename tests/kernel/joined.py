@@ -134,7 +134,7 @@ class JoinedListener(Listener):
         spare = self._spare
         messages = []
         while not messages:
-            spare.channel.receive(1, 1 << 20, messages, messages)
+            spare.channel.receive(1, 1 << 20, messages, messages, True)
             if not messages and not spare.channel.park_receive():
                 return
         (first,) = messages

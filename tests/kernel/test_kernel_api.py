@@ -23,8 +23,11 @@ pytestmark = pytest.mark.asyncio
 
 SYSFS = Path("/sys/devices/virtual/kucomms/kucomms")
 PARAMETERS = Path("/sys/module/kucomms_test/parameters")
-NAMES = ("test", "test_threads", "test_quiet", "test_in_place", "test_limited")
-SHARED_RUNNERS = len(NAMES) - 1
+NAMES = (
+    *("test", "test_threads", "test_quiet", "test_in_place", "test_limited"),
+    *("test_polling", "test_polling_threads"),
+)
+SHARED_RUNNERS = sum("threads" not in name for name in NAMES)
 HEADER = 32
 
 
@@ -49,9 +52,11 @@ class Do(IntEnum):
     TIMER_TICKS = auto()
     CHECKSUM = auto()
     MEET = auto()
+    ECHO_BEGUN = auto()
+    UNLOCKED = auto()
 
 
-SENDER, LOAN, FILLED, ROOM, CLOSING = 1000, 1100, 1200, 1201, 1300
+SENDER, LOAN, FILLED, ROOM, CLOSING, ALONE = 1000, 1100, 1200, 1201, 1300, 1400
 SENDERS = 4
 AT_ONCE, HARD, SOFT, PROCESS = range(4)
 
@@ -173,7 +178,55 @@ async def test_a_storm_over_four_channels():
     await storms
 
 
-@pytest.mark.parametrize("how", [Do.ECHO, Do.ECHO_UNLOCKED])
+PATTERN = bytes(number % 251 for number in range((1 << 16) + 256))
+
+
+@pytest.mark.parametrize("ring_size", [PAGE, 1 << 16])
+async def test_large_messages_from_every_context(ring_size):
+    """What is published at once, what is reserved first, and what fills the ring, mixed."""
+    count = 48
+    sizes = (2048, 2049, ring_size - HEADER)
+    expected = [0] * SENDERS
+    async with connect(ring_size=ring_size) as link:
+        await link.send(numbers(count, sizes[2]), type=Do.STORM)
+        for _ in range(SENDERS * count):
+            message = await next_message(link)
+            who, number = message.type - SENDER, message.id
+            assert number == expected[who]
+            expected[who] += 1
+            size = sizes[(number + who) % 3]
+            start = (number * 7 + who) % 256
+            assert message.data == PATTERN[start : start + size]
+        assert (await Status.of(link)).errors == [0] * SENDERS
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ring_size", [PAGE, 1 << 20])
+async def test_the_only_sender(name, ring_size):
+    """Begun and committed, sent at once, begun and forgotten: what was sent comes, in order."""
+    count = 200
+    async with connect(name, ring_size=ring_size) as link:
+        asked = asyncio.ensure_future(ask(link, Do.UNLOCKED, count))
+        if link.ring_size == PAGE:
+            async with asyncio.timeout(PATIENCE):
+                while link.rx_free >= HEADER + 256 and not asked.done():
+                    await asyncio.sleep(0)
+        for number in range(count):
+            message = await next_message(link)
+            assert (message.type, message.id) == (ALONE, number)
+            assert message.user_value == 2**64 - 1 - number
+            assert message.data == bytes([number % 256]) * (number * 13 % 256)
+        sent, full, moved, *errors = await asked
+        assert (sent, moved) == (count, 0)
+        assert errors == [-errno.EMSGSIZE] * 2
+        if link.ring_size == PAGE:
+            assert full
+        elif link.ring_size == 1 << 20:
+            assert not full
+        assert link.rx_avail == 0
+
+
+@pytest.mark.parametrize("how", [Do.ECHO, Do.ECHO_UNLOCKED, Do.ECHO_BEGUN])
 @pytest.mark.parametrize("name", NAMES)
 async def test_echo_behind_a_full_ring(name, how):
     """The message that found no room comes again when there is some, without a tick."""
@@ -426,7 +479,7 @@ async def test_register_with_wrong_arguments():
         assert found[:11] == (-errno.EINVAL,) * 11  # names
         assert found[11:19] == (-errno.EINVAL,) * 8  # callbacks and options
         assert found[19:21] == (-errno.ENAMETOOLONG, -errno.EEXIST)
-        assert found[21:] == (0, 0, 0, 0)
+        assert found[21:] == (0,) * 5
         assert counters() == before
 
 

@@ -104,6 +104,15 @@ async def flood(url, listens, path):
             count[:] = number(value)
 
 
+async def floods(url):
+    """Sends faster than anybody can handle, until it is killed."""
+    batch = [number(value) for value in range(1000)]
+    async with kucomms.connect(url, timeout=10) as link:
+        say("floods")
+        while True:
+            await link.send_many(batch)
+
+
 async def unfinished_loan(url, listens):
     """Is stopped by the test while it holds a loan, with messages before and after."""
     async with linked(url, int(listens)) as link:

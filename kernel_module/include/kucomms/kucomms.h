@@ -95,6 +95,10 @@ struct kucomms_endpoint_ops {
  * @max_ring_size: the most that a user can ask for; 0 for 16 MiB
  * @hello_length: of @hello, at most KUCOMMS_HELLO_MAX
  * @hello: greeting to who connects
+ * @busy_poll_ns: how long the thread may spin for more messages before it goes to
+ *		  sleep, at most; 0 for never. It does so while messages come in
+ *		  quick succession, gives way to whatever else wants the
+ *		  processor, and spares user space the system call that wakes it
  */
 struct kucomms_endpoint_options {
 	size_t size;
@@ -104,6 +108,7 @@ struct kucomms_endpoint_options {
 	u64 max_ring_size;
 	u32 hello_length;
 	const u8 *hello;
+	u64 busy_poll_ns;
 };
 
 struct kucomms_endpoint *
@@ -126,6 +131,10 @@ void kucomms_commit(struct kucomms_channel *channel,
 		    struct kucomms_message *message);
 void kucomms_discard(struct kucomms_channel *channel,
 		     struct kucomms_message *message);
+struct kucomms_message *
+kucomms_reserve_unlocked(struct kucomms_channel *channel, u32 length);
+void kucomms_commit_unlocked(struct kucomms_channel *channel,
+			     struct kucomms_message *message);
 
 void kucomms_retry(struct kucomms_channel *channel);
 void kucomms_resume(struct kucomms_channel *channel);

@@ -20,18 +20,24 @@
  * Ordering. Every access to a word that the other side writes, and its partner:
  *
  *	producer				consumer
- *	reserve(): write busy header
- *	reserve(): release producer position -> refresh(): acquire
+ *	hold(): write busy header
+ *	hold(): release producer position    -> refresh(): acquire
  *	write data
  *	commit(): release frame control      -> peek(): acquire
  *						read data
- *	refresh(): acquire                   <- release(): release consumer pos.
+ *	refresh(): acquire                   <- give_back(): release consumer pos.
+ *
+ * or, for what is written before it is shown:
+ *
+ *	write header and data
+ *	publish(): release producer position -> refresh(): acquire
+ *						read header and data
  *
  * Parking. Each side looks again after saying that it sleeps, the other looks
  * whether it sleeps after changing something; a full barrier between the two
  * halves of each, so that at least one sees the other:
  *
- *	commit(): release frame control		park(): advance epoch "parked"
+ *	commit() or publish(): release		park(): advance epoch "parked"
  *	must_wake(): smp_mb		<-->	park(): smp_mb
  *	must_wake(): read epoch			park(): peek again
  *
@@ -45,7 +51,7 @@
  * Trust. The other side may write anything at any time into its pages. Each of
  * its words is read once, checked against what is kept privately, then used.
  *
- * Threads. A consumer belongs to one thread. Of the producer, reserve(),
+ * Threads. A consumer belongs to one thread. Of the producer, next() to move(),
  * park() and the pins want the caller's lock; commit() and discard() do not.
  */
 #ifndef _KUCOMMS_RING_H
@@ -237,7 +243,7 @@ kucomms_ring_producer_init(struct kucomms_ring_producer *p,
 /* Look where the consumer is. -EPROTO when it is where it cannot be. */
 static inline int kucomms_ring_refresh_consumed(struct kucomms_ring_producer *p)
 {
-	/* pairs with smp_store_release() in kucomms_ring_release() */
+	/* pairs with smp_store_release() in kucomms_ring_give_back() */
 	__u64 seen = smp_load_acquire(&p->peer->position);
 
 	if (seen & (KUCOMMS_FRAME_ALIGN - 1) ||
@@ -287,22 +293,21 @@ static inline void kucomms_ring_unpark_for_space(struct kucomms_ring_producer *p
 }
 
 /**
- * kucomms_ring_reserve - take the next bytes of the ring for a message
- * @p: the producer, its lock held
+ * kucomms_ring_next - where the next message goes
+ * @p: the producer, its lock held until one of the two below was called
  * @length: bytes of data
- * @flags: KUCOMMS_FLAG_REPLY or 0
- * @frame: where the frame is put; type, id, user_value and data are to be
- *	   written, then kucomms_ring_commit() or kucomms_ring_discard()
+ * @frame: where the frame is put
+ *
+ * Nothing is taken yet. To follow: kucomms_ring_publish(), when the message was
+ * written already, or kucomms_ring_hold(), to write it later.
  *
  * Return: 0, -EAGAIN when full, -EMSGSIZE when it can never fit, -EPROTO when
  * the consumer broke the rules.
  */
-static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
-				       __u32 length, __u32 flags,
-				       struct kucomms_frame **frame)
+static inline int kucomms_ring_next(struct kucomms_ring_producer *p,
+				    __u32 length, struct kucomms_frame **frame)
 {
 	__u64 span = kucomms_frame_span(length);
-	struct kucomms_frame *f;
 	int err;
 
 	if (span > p->size)
@@ -310,16 +315,68 @@ static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
 	err = kucomms_ring_has_room(p, span);
 	if (err)
 		return err;
-	f = (struct kucomms_frame *)(p->data + (p->position & (p->size - 1)));
-	WRITE_ONCE(f->control,
-		   kucomms_frame_control(length, flags | KUCOMMS_FLAG_BUSY,
-					 KUCOMMS_KIND_MESSAGE));
-	p->position += span;
+	*frame = (struct kucomms_frame *)
+		 (p->data + (p->position & (p->size - 1)));
+	return 0;
+}
+
+static inline void kucomms_ring_move(struct kucomms_ring_producer *p,
+				     __u32 length)
+{
+	p->position += kucomms_frame_span(length);
 	/* pairs with smp_load_acquire() in kucomms_ring_refresh_available() */
 	smp_store_release(&p->own->position, p->position);
 	kucomms_ring_unpark_for_space(p);
-	*frame = f;
-	return 0;
+}
+
+/**
+ * kucomms_ring_publish - make the next frame a message
+ * @p: the producer, its lock still held
+ * @frame: from kucomms_ring_next(), but for its control word all written
+ * @length: as there
+ * @flags: KUCOMMS_FLAG_REPLY or 0
+ *
+ * The consumer hears of it once, when it is whole: cheaper than a reserve and a
+ * commit, after which it often looks twice. Then ask
+ * kucomms_ring_wake_consumer().
+ */
+static inline void kucomms_ring_publish(struct kucomms_ring_producer *p,
+					struct kucomms_frame *frame,
+					__u32 length, __u32 flags)
+{
+	WRITE_ONCE(frame->control,
+		   kucomms_frame_control(length, flags, KUCOMMS_KIND_MESSAGE));
+	kucomms_ring_move(p, length);
+}
+
+/* Take the next frame, to write and kucomms_ring_commit() it later. */
+static inline void kucomms_ring_hold(struct kucomms_ring_producer *p,
+				     struct kucomms_frame *frame, __u32 length)
+{
+	WRITE_ONCE(frame->control,
+		   kucomms_frame_control(length, KUCOMMS_FLAG_BUSY,
+					 KUCOMMS_KIND_MESSAGE));
+	kucomms_ring_move(p, length);
+}
+
+/**
+ * kucomms_ring_reserve - take the next bytes of the ring for a message
+ * @p: the producer, its lock held
+ * @length: bytes of data
+ * @frame: where the frame is put; type, id, user_value and data are to be
+ *	   written, then kucomms_ring_commit() or kucomms_ring_discard()
+ *
+ * Return: as kucomms_ring_next().
+ */
+static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
+				       __u32 length,
+				       struct kucomms_frame **frame)
+{
+	int err = kucomms_ring_next(p, length, frame);
+
+	if (!err)
+		kucomms_ring_hold(p, *frame, length);
+	return err;
 }
 
 static inline void kucomms_ring_finish(struct kucomms_frame *frame,
@@ -379,7 +436,7 @@ static inline int kucomms_ring_park_for_space(struct kucomms_ring_producer *p,
 	p->wanted = span;
 	WRITE_ONCE(p->own->wanted, span);
 	WRITE_ONCE(p->own->parked, ++p->parked);
-	/* pairs with smp_mb() in kucomms_ring_release() */
+	/* pairs with smp_mb() in kucomms_ring_wake_producer() */
 	smp_mb();
 	if (kucomms_ring_has_room(p, span) == -EAGAIN)
 		return 0;
@@ -429,7 +486,7 @@ kucomms_ring_peer_state(const struct kucomms_ring_consumer *c)
 static inline int
 kucomms_ring_refresh_available(struct kucomms_ring_consumer *c)
 {
-	/* pairs with smp_store_release() in kucomms_ring_reserve() */
+	/* pairs with smp_store_release() in kucomms_ring_move() */
 	__u64 seen = smp_load_acquire(&c->peer->position);
 
 	if (seen & (KUCOMMS_FRAME_ALIGN - 1) || seen - c->published > c->size ||
@@ -497,6 +554,23 @@ static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
 	return 0;
 }
 
+/*
+ * Is there something at the front, a message or nonsense? For who spins: a hint,
+ * unordered; the peek that follows looks properly. A busy frame is nothing: the
+ * producer may take as long as it likes to commit it.
+ */
+static inline int
+kucomms_ring_has_front(const struct kucomms_ring_consumer *c)
+{
+	const struct kucomms_frame *frame;
+
+	if (READ_ONCE(c->peer->position) == c->position)
+		return 0;
+	frame = (const struct kucomms_frame *)
+		(c->data + (c->position & (c->size - 1)));
+	return !(READ_ONCE(frame->control) & (__u64)KUCOMMS_FLAG_BUSY << 32);
+}
+
 /* Go on to the next message. The bytes stay ours until they are released. */
 static inline void kucomms_ring_advance(struct kucomms_ring_consumer *c,
 					const struct kucomms_view *view)
@@ -513,22 +587,29 @@ static inline void kucomms_ring_borrow(struct kucomms_ring_consumer *c,
 	kucomms_ring_advance(c, view);
 }
 
-/**
- * kucomms_ring_release - give back the bytes that were read and are not pinned
- * @c: the consumer
- *
- * Return: 1 when the producer's doorbell must be rung, else 0.
- */
-static inline int kucomms_ring_release(struct kucomms_ring_consumer *c)
+/* Give back the bytes that were read and are not pinned: 1 when there were any. */
+static inline int kucomms_ring_give_back(struct kucomms_ring_consumer *c)
 {
 	__u64 end = kucomms_pins_oldest(&c->pins, c->position);
-	__u64 epoch;
 
 	if (end == c->published)
 		return 0;
 	c->published = end;
 	/* pairs with smp_load_acquire() in kucomms_ring_refresh_consumed() */
 	smp_store_release(&c->own->position, end);
+	return 1;
+}
+
+/**
+ * kucomms_ring_wake_producer - must the producer's doorbell be rung?
+ * @c: the consumer, after giving back
+ *
+ * Return: 1 when it must, for it sleeps until there is space; else 0.
+ */
+static inline int kucomms_ring_wake_producer(struct kucomms_ring_consumer *c)
+{
+	__u64 epoch;
+
 	/* pairs with smp_mb() in kucomms_ring_park_for_space() */
 	smp_mb();
 	epoch = READ_ONCE(c->peer->parked);
@@ -536,6 +617,47 @@ static inline int kucomms_ring_release(struct kucomms_ring_consumer *c)
 		return 0;
 	WRITE_ONCE(c->rung, epoch);	/* the kernel's poll() reads it */
 	return 1;
+}
+
+/**
+ * kucomms_ring_release - give back, and ask for the doorbell
+ * @c: the consumer
+ *
+ * Return: 1 when the producer's doorbell must be rung, else 0.
+ */
+static inline int kucomms_ring_release(struct kucomms_ring_consumer *c)
+{
+	return kucomms_ring_give_back(c) && kucomms_ring_wake_producer(c);
+}
+
+/**
+ * kucomms_ring_release_lazily - give back, and ring late rather than often
+ * @c: the consumer, which goes on reading
+ *
+ * While a fast producer waits for a slow consumer, ringing at each release would
+ * wake it for a few messages at a time. So it is let sleep until a quarter of
+ * the ring is free.
+ *
+ * Return: 1 when the doorbell must be rung, 0 when not, -EAGAIN when the
+ * producer sleeps and was not rung for: kucomms_ring_wake_producer() is to be
+ * asked before the consumer stops reading, for whatever reason.
+ */
+static inline int
+kucomms_ring_release_lazily(struct kucomms_ring_consumer *c)
+{
+	__u64 waiting;
+
+	if (!kucomms_ring_give_back(c))
+		return 0;
+	/* pairs with smp_mb() in kucomms_ring_park_for_space() */
+	smp_mb();
+	if (READ_ONCE(c->peer->parked) == c->rung)
+		return 0;
+	/* Any number may stand there: then it is rung for at once. */
+	waiting = READ_ONCE(c->peer->position) - c->published;
+	if (waiting <= c->size && waiting > c->size - c->size / 4)
+		return -EAGAIN;
+	return kucomms_ring_wake_producer(c);
 }
 
 /**

@@ -23,6 +23,7 @@
 #include <kucomms/ring.h>
 
 #define KUCOMMS_RING_MAX	(1ULL << 32)	/* a length is 32 bits */
+#define KUCOMMS_PUT_MAX		4096	/* bytes copied with the lock held */
 
 /* The pages of one side, as this process sees them. */
 struct kucomms_side {
@@ -268,46 +269,86 @@ static inline int kucomms_channel_rang(struct kucomms_channel *channel,
 
 /* ---- sending ------------------------------------------------------------ */
 
+/* A message was put, or is going to be. */
+static inline int kucomms_channel_count_tx(struct kucomms_channel *channel,
+					   uint32_t length, int err)
+{
+	if (err) {
+		if (err == -EAGAIN)
+			channel->full_waits++;
+		return kucomms_channel_fault(channel, err);
+	}
+	channel->publishes++;
+	channel->messages_sent++;
+	channel->bytes_sent += length;
+	return 0;
+}
+
 /*
- * Take room for a message: any thread. With @pin the bytes are not used again
- * before kucomms_channel_unpin_tx(). Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO.
+ * Take room for a message. The lock is held, or something else keeps other
+ * senders out. With @pin the bytes are not used again before
+ * kucomms_channel_unpin_tx(). Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO.
  */
+static inline int
+kucomms_channel_reserve_locked(struct kucomms_channel *channel, uint32_t length,
+			       struct kucomms_frame **frame,
+			       struct kucomms_pin *pin)
+{
+	int err = kucomms_ring_reserve(&channel->tx, length, frame);
+
+	if (!err && pin)
+		kucomms_pin_add(&channel->tx.pins, pin, channel->tx.position -
+				kucomms_frame_span(length));
+	return kucomms_channel_count_tx(channel, length, err);
+}
+
+/* As kucomms_channel_reserve_locked(), from any thread. */
 static inline int kucomms_channel_reserve(struct kucomms_channel *channel,
-					  uint32_t length, uint32_t flags,
+					  uint32_t length,
 					  struct kucomms_frame **frame,
 					  struct kucomms_pin *pin)
 {
 	int err;
 
 	pthread_mutex_lock(&channel->lock);
-	err = kucomms_ring_reserve(&channel->tx, length, flags, frame);
-	if (err) {
-		if (err == -EAGAIN)
-			channel->full_waits++;
-	} else {
-		if (pin)
-			kucomms_pin_add(&channel->tx.pins, pin,
-					channel->tx.position -
-					kucomms_frame_span(length));
-		channel->publishes++;
-		channel->messages_sent++;
-		channel->bytes_sent += length;
-	}
+	err = kucomms_channel_reserve_locked(channel, length, frame, pin);
 	pthread_mutex_unlock(&channel->lock);
-	return kucomms_channel_fault(channel, err);
+	return err;
 }
 
-/* The consumer may have to be woken for what was committed: 1, else 0. */
-static inline int kucomms_channel_publish(struct kucomms_channel *channel)
+/* Write all of a message but its control word. */
+static inline void kucomms_channel_fill(struct kucomms_frame *frame,
+					const void *data, uint32_t length,
+					uint64_t type, uint64_t id,
+					uint64_t user_value)
 {
-	return kucomms_channel_rang(channel,
-				    kucomms_ring_wake_consumer(&channel->tx));
+	frame->type = type;
+	frame->id = id;
+	frame->user_value = user_value;
+	if (length)
+		memcpy(frame + 1, data, length);
 }
 
 /*
- * Copy a message into the ring and commit it, without asking for the doorbell.
- * Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO.
+ * Copy a message into the ring, without asking for the doorbell. The lock is
+ * held, or something else keeps other senders out. Return: as reserve.
  */
+static inline int
+kucomms_channel_put_locked(struct kucomms_channel *channel, const void *data,
+			   uint32_t length, uint32_t flags, uint64_t type,
+			   uint64_t id, uint64_t user_value)
+{
+	struct kucomms_frame *frame;
+	int err = kucomms_ring_next(&channel->tx, length, &frame);
+
+	if (!err) {
+		kucomms_channel_fill(frame, data, length, type, id, user_value);
+		kucomms_ring_publish(&channel->tx, frame, length, flags);
+	}
+	return kucomms_channel_count_tx(channel, length, err);
+}
+
+/* As kucomms_channel_put_locked(), from any thread. */
 static inline int kucomms_channel_put(struct kucomms_channel *channel,
 				      const void *data, uint32_t length,
 				      uint32_t flags, uint64_t type,
@@ -316,16 +357,27 @@ static inline int kucomms_channel_put(struct kucomms_channel *channel,
 	struct kucomms_frame *frame;
 	int err;
 
-	err = kucomms_channel_reserve(channel, length, flags, &frame, NULL);
-	if (err)
+	if (length <= KUCOMMS_PUT_MAX) {
+		pthread_mutex_lock(&channel->lock);
+		err = kucomms_channel_put_locked(channel, data, length, flags,
+						 type, id, user_value);
+		pthread_mutex_unlock(&channel->lock);
 		return err;
-	frame->type = type;
-	frame->id = id;
-	frame->user_value = user_value;
-	if (length)
-		memcpy(frame + 1, data, length);
-	kucomms_ring_commit(frame, length, flags);
-	return 0;
+	}
+	/* A long copy does not keep the others waiting. */
+	err = kucomms_channel_reserve(channel, length, &frame, NULL);
+	if (!err) {
+		kucomms_channel_fill(frame, data, length, type, id, user_value);
+		kucomms_ring_commit(frame, length, flags);
+	}
+	return err;
+}
+
+/* The consumer may have to be woken for what was committed: 1, else 0. */
+static inline int kucomms_channel_publish(struct kucomms_channel *channel)
+{
+	return kucomms_channel_rang(channel,
+				    kucomms_ring_wake_consumer(&channel->tx));
 }
 
 /* Send: any thread. Return: 1 ring the doorbell, 0 sent, or as above. */
@@ -455,6 +507,28 @@ static inline int kucomms_channel_release(struct kucomms_channel *channel)
 				    kucomms_ring_release(&channel->rx));
 }
 
+/*
+ * As release, for who goes on reading: -EAGAIN when the peer sleeps for space
+ * and has to be thought of, with kucomms_channel_wake_producer(), before the
+ * reading stops.
+ */
+static inline int
+kucomms_channel_release_lazily(struct kucomms_channel *channel)
+{
+	int must_ring = kucomms_ring_release_lazily(&channel->rx);
+
+	channel->releases++;
+	kucomms_channel_rang(channel, must_ring == 1);
+	return must_ring;
+}
+
+/* Does the peer sleep for space that it was given: 1 ring the doorbell. */
+static inline int kucomms_channel_wake_producer(struct kucomms_channel *channel)
+{
+	return kucomms_channel_rang(channel,
+				    kucomms_ring_wake_producer(&channel->rx));
+}
+
 static inline void kucomms_channel_unpin_rx(struct kucomms_pin *pin)
 {
 	kucomms_pin_remove(pin);
@@ -501,23 +575,6 @@ static inline void kucomms_cpu_relax(void)
 }
 
 /*
- * Is there something at the front, a message or nonsense? A busy frame is not:
- * the peer may take as long as it likes to commit it.
- */
-static inline int kucomms_channel_has_front(const struct kucomms_channel *channel)
-{
-	const struct kucomms_ring_consumer *rx = &channel->rx;
-	const struct kucomms_frame *frame;
-
-	/* Only a hint, so unordered; the peek that follows looks properly. */
-	if (READ_ONCE(rx->peer->position) == rx->position)
-		return 0;
-	frame = (const struct kucomms_frame *)
-		(rx->data + (rx->position & (rx->size - 1)));
-	return !(READ_ONCE(frame->control) & (uint64_t)KUCOMMS_FLAG_BUSY << 32);
-}
-
-/*
  * Spin until one of @count channels has something to read (or is in error), at
  * most @nanoseconds. Return: 1 when there is something, else 0.
  */
@@ -532,7 +589,7 @@ static inline int kucomms_channels_poll(struct kucomms_channel *const *channels,
 	for (;;) {
 		for (round = 0; round < 32; round++) {
 			for (i = 0; i < count; i++)
-				if (kucomms_channel_has_front(channels[i]))
+				if (kucomms_ring_has_front(&channels[i]->rx))
 					return 1;
 			kucomms_cpu_relax();
 		}

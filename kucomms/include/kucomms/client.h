@@ -538,6 +538,8 @@ static inline int kucomms_record_receive(struct kucomms_client *client,
 		return -EPROTO;
 	if (record->features & ~KUCOMMS_FEATURES)
 		return -EPROTONOSUPPORT;
+	if (step == KUCOMMS_STEP_HELLO)	/* we know no eventfds: say no more */
+		record->flags &= ~(uint32_t)KUCOMMS_EVENTFDS;
 	if (step != KUCOMMS_STEP_SETUP)
 		return record->status || record->flags || *file >= 0 ?
 		       -EPROTO : 0;

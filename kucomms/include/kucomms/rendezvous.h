@@ -8,6 +8,8 @@
  *	HELLO   version, ring size wanted   ->
  *					    <-	SETUP   status, ring size agreed on,
  *						        + file of the memory
+ *							(+ two eventfds when
+ *							KUCOMMS_EVENTFDS)
  *	ATTACH  (+ file of our own pages    ->
  *		when KUCOMMS_SEALED)
  *
@@ -18,6 +20,12 @@
  * After ATTACH each byte on the socket is a doorbell, KUCOMMS_DOORBELL, and
  * nothing else is allowed. End of file means that the peer is gone; whether in
  * order says the state in its producer page.
+ *
+ * A connecting side that knows KUCOMMS_EVENTFDS says so in HELLO. A listener of
+ * the same user that knows it as well answers with it, and passes two eventfds
+ * after the memory: the first is rung for the listener, the second for the
+ * connecting side, and the socket is for the end of file only. Between users
+ * the byte remains: who shares an eventfd can make the other's write() block.
  */
 #ifndef _KUCOMMS_RENDEZVOUS_H
 #define _KUCOMMS_RENDEZVOUS_H
@@ -29,6 +37,8 @@
 #define KUCOMMS_STEP_ATTACH	3
 
 #define KUCOMMS_SEALED		1	/* flag in SETUP */
+#define KUCOMMS_EVENTFDS	2	/* flag in HELLO, then in SETUP */
+#define KUCOMMS_RENDEZVOUS_FLAGS	3
 #define KUCOMMS_DOORBELL	1
 
 /* Status in SETUP. */
@@ -46,7 +56,7 @@
  * @features: feature bits wanted, then agreed on
  * @ring_size: bytes wanted (0: the listener's default), then agreed on
  * @status: in SETUP: KUCOMMS_ACCEPTED or KUCOMMS_REFUSED_*
- * @flags: in SETUP: KUCOMMS_SEALED or 0
+ * @flags: in HELLO: KUCOMMS_EVENTFDS or 0; in SETUP: that or KUCOMMS_SEALED or 0
  * @hello_length: bytes of @hello in use
  * @reserved: zero
  * @hello: the user's, in HELLO and SETUP

@@ -9,6 +9,8 @@
  *	kucomms_test_quiet	no ticks
  *	kucomms_test_in_place	KUCOMMS_RX_IN_PLACE, no ticks
  *	kucomms_test_limited	at most two channels, no ticks
+ *	kucomms_test_polling	busy_poll_ns, no ticks
+ *	kucomms_test_polling_threads	both, and ticks
  *
  * A hello of the form "errno NUMBER" has the open callback return that number.
  */
@@ -24,6 +26,7 @@
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/sched.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/string.h>
 #include <linux/timer.h>
@@ -36,7 +39,7 @@
 enum {
 	TEST_ECHO,		/* send it back */
 	TEST_ECHO_UNLOCKED,	/* by kucomms_send_unlocked() */
-	TEST_STORM,		/* send COUNT messages from each kind of context */
+	TEST_STORM,		/* send COUNT messages from each kind of context, up to LARGEST */
 	TEST_LOANS,		/* 64 loans that end in the order of SEED */
 	TEST_SIZES,		/* send what cannot fit */
 	TEST_FILL,		/* send until the ring is full, LENGTH bytes each */
@@ -52,6 +55,8 @@ enum {
 	TEST_TIMER_TICKS,
 	TEST_CHECKSUM,		/* is the data stable for MICROSECONDS? */
 	TEST_MEET,		/* wait until two callbacks wait at once */
+	TEST_ECHO_BEGUN,	/* by kucomms_reserve_unlocked() */
+	TEST_UNLOCKED,		/* send COUNT messages as the only sender, in both ways */
 };
 
 /* Types of what comes without having been asked for. */
@@ -60,6 +65,7 @@ enum {
 #define TEST_FILLED	1200
 #define TEST_ROOM	1201
 #define TEST_CLOSING	1300
+#define TEST_ALONE	1400
 
 enum { TEST_HARD, TEST_SOFT, TEST_PROCESS, TEST_CALLBACK, TEST_SENDERS };
 
@@ -70,6 +76,8 @@ enum { RESUME_AT_ONCE, RESUME_HARD, RESUME_SOFT, RESUME_PROCESS };
 #define TEST_TICKS	1024
 #define TEST_BURST	8
 #define TEST_LENGTH	256
+#define TEST_PATTERN	(SZ_64K + 256)
+#define TEST_POLL	(20 * NSEC_PER_MSEC)
 #define TEST_INTERVAL	(200 * NSEC_PER_USEC)
 #define TEST_PATIENCE	(60 * HZ)
 
@@ -109,6 +117,7 @@ struct test_sender {
  * @endpoint: its
  * @inside: callbacks that run now
  * @senders: of a storm
+ * @largest: of the storm's messages; 0 for small ones
  * @stop: the storm has to end
  * @hard: sends in hard interrupt context
  * @soft: in softirq context
@@ -119,6 +128,9 @@ struct test_sender {
  * @handed: how often the message that is retried was handed out
  * @filling: bytes of a message that has found no room
  * @fill_number: of the next message of it
+ * @alone: messages that TEST_UNLOCKED has sent
+ * @alone_full: how often it had to wait for room
+ * @alone_moved: bytes that reserving without sending has taken
  * @kept: this channel outlives its close callback
  * @loans: that outlive it, too
  * @work_count: work callbacks
@@ -131,6 +143,7 @@ struct test_channel {
 	struct test_endpoint *endpoint;
 	atomic_t inside;
 	struct test_sender senders[TEST_SENDERS];
+	u32 largest;
 	bool stop;
 	struct hrtimer hard;
 	struct timer_list soft;
@@ -141,6 +154,9 @@ struct test_channel {
 	u64 handed;
 	u32 filling;
 	u64 fill_number;
+	u64 alone;
+	u64 alone_full;
+	u64 alone_moved;
 	bool kept;
 	struct kucomms_message *loans[2];
 	u64 work_count;
@@ -188,6 +204,21 @@ static DECLARE_DELAYED_WORK(test_kept_work, test_use_kept);
 
 /* ---- a storm ------------------------------------------------------------ */
 
+static u8 test_pattern[TEST_PATTERN];	/* what large messages are parts of */
+
+/* Sizes up to which the kernel copies in another way than above. */
+static u32 test_size(struct test_channel *test, u64 number)
+{
+	switch (number % 3) {
+	case 0:
+		return 2048;
+	case 1:
+		return 2049;
+	default:
+		return test->largest;
+	}
+}
+
 static bool test_goes_on(struct test_channel *test, struct test_sender *sender)
 {
 	return sender->next < sender->count && !sender->error && !READ_ONCE(test->stop);
@@ -207,6 +238,10 @@ static bool test_send_next(struct test_channel *test, int who, bool unlocked)
 	int err;
 
 	memset(data, sender->next + 64 * who, message.length);
+	if (test->largest) {
+		message.length = test_size(test, sender->next + who);
+		message.data = test_pattern + (sender->next * 7 + who) % 256;
+	}
 	err = unlocked ? kucomms_send_unlocked(test->channel, &message) :
 			 kucomms_send(test->channel, &message);
 	if (!err)
@@ -254,10 +289,11 @@ static void test_send_process(struct work_struct *work)
 		usleep_range(100, 1000);
 }
 
-static void test_begin_storm(struct test_channel *test, u64 count)
+static void test_begin_storm(struct test_channel *test, u64 count, u32 largest)
 {
 	int who;
 
+	test->largest = min_t(u32, largest, SZ_64K);
 	for (who = 0; who < TEST_SENDERS; who++)
 		test->senders[who] = (struct test_sender){ .count = count };
 	hrtimer_start(&test->hard, ns_to_ktime(TEST_INTERVAL), HRTIMER_MODE_REL_HARD);
@@ -330,16 +366,87 @@ static void test_answer_number(struct kucomms_channel *channel,
 	test_answer(channel, message, &number, sizeof(number));
 }
 
+/* As kucomms_send_unlocked(), in two steps. */
+static int test_send_begun(struct kucomms_channel *channel, const struct kucomms_message *message)
+{
+	struct kucomms_message *begun = kucomms_reserve_unlocked(channel, message->length);
+
+	if (IS_ERR(begun))
+		return PTR_ERR(begun);
+	begun->type = message->type;
+	begun->id = message->id;
+	begun->user_value = message->user_value;
+	begun->flags = message->flags;
+	memcpy(begun->data, message->data, message->length);
+	kucomms_commit_unlocked(channel, begun);
+	return 0;
+}
+
 static void test_echo(struct kucomms_channel *channel, const struct kucomms_message *message)
 {
 	int err;
 
 	if (message->type == TEST_ECHO_UNLOCKED)
 		err = kucomms_send_unlocked(channel, message);
+	else if (message->type == TEST_ECHO_BEGUN)
+		err = test_send_begun(channel, message);
 	else
 		err = kucomms_send(channel, message);
 	if (err == -EAGAIN)
 		kucomms_retry(channel);
+}
+
+/* Begin a message, write nonsense, and forget it. */
+static void test_forget(struct kucomms_channel *channel, u64 number)
+{
+	struct test_channel *test = kucomms_channel_priv(channel);
+	u64 before = kucomms_tx_avail(channel);
+	struct kucomms_message *begun = kucomms_reserve_unlocked(channel, number * 29 % 512);
+
+	if (IS_ERR(begun))
+		return;
+	begun->type = U64_MAX;
+	memset(begun->data, 0xff, begun->length);
+	test->alone_moved += max(kucomms_tx_avail(channel), before) - before;
+}
+
+/*
+ * Messages in turns by kucomms_reserve_unlocked() and kucomms_send_unlocked(),
+ * with some forgotten ones between them. Answers: how many were sent, whether it
+ * had to wait for room, what forgetting has taken, the errno of two too large.
+ */
+static void test_unlocked(struct kucomms_channel *channel, const struct kucomms_message *message)
+{
+	struct test_channel *test = kucomms_channel_priv(channel);
+	u64 size = kucomms_tx_avail(channel) + kucomms_tx_free(channel);
+	u64 count = test_argument(message, 0), answer[5];
+	u8 data[TEST_LENGTH];
+	struct kucomms_message next = { .type = TEST_ALONE, .data = data };
+	int err;
+
+	for (; test->alone < count; test->alone++) {
+		next.id = test->alone;
+		next.user_value = ~test->alone;
+		next.length = test->alone * 13 % TEST_LENGTH;
+		memset(data, test->alone, next.length);
+		if (test->alone % 3 == 1)
+			test_forget(channel, test->alone);
+		err = test->alone % 4 == 3 ? kucomms_send_unlocked(channel, &next) :
+					     test_send_begun(channel, &next);
+		if (err == -EAGAIN) {
+			test->alone_full++;
+			kucomms_retry(channel);
+			return;
+		}
+		if (err)
+			break;
+	}
+	answer[0] = test->alone;
+	answer[1] = test->alone_full;
+	answer[2] = test->alone_moved;
+	answer[3] = PTR_ERR_OR_ZERO(kucomms_reserve_unlocked(channel, size - 31));
+	answer[4] = PTR_ERR_OR_ZERO(kucomms_reserve_unlocked(channel, U32_MAX));
+	test_answer(channel, message, answer, sizeof(answer));
 }
 
 static u32 test_random(u64 *state)
@@ -550,7 +657,7 @@ static void test_do(struct kucomms_channel *channel, const struct kucomms_messag
 
 	switch (message->type) {
 	case TEST_STORM:
-		test_begin_storm(test, first);
+		test_begin_storm(test, first, test_argument(message, 1));
 		break;
 	case TEST_LOANS:
 		test_loans(channel, message);
@@ -603,6 +710,9 @@ static void test_do(struct kucomms_channel *channel, const struct kucomms_messag
 		break;
 	case TEST_MEET:
 		test_meet(channel, message);
+		break;
+	case TEST_UNLOCKED:
+		test_unlocked(channel, message);
 		break;
 	default:
 		test_echo(channel, message);
@@ -743,6 +853,14 @@ static struct test_endpoint test_endpoints[] = {
 		.options.hello_length = 7,
 		.options.hello = "limited",
 		.quiet = true,
+	}, {
+		.name = "kucomms_test_polling",
+		.options.busy_poll_ns = TEST_POLL,
+		.quiet = true,
+	}, {
+		.name = "kucomms_test_polling_threads",
+		.options.flags = KUCOMMS_THREAD_PER_CHANNEL,
+		.options.busy_poll_ns = TEST_POLL,
 	},
 };
 
@@ -811,6 +929,8 @@ static void test_register(struct kucomms_channel *channel, const struct kucomms_
 	options.max_ring_size = 1;
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
 	options.flags = KUCOMMS_THREAD_PER_CHANNEL | KUCOMMS_RX_IN_PLACE;
+	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
+	options.busy_poll_ns = U64_MAX;
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
 	/* What a newer module has and does not use is no fault. */
 	larger.newer = 0;
@@ -882,6 +1002,8 @@ static int __init test_init(void)
 {
 	int i, err;
 
+	for (i = 0; i < ARRAY_SIZE(test_pattern); i++)
+		test_pattern[i] = i % 251;
 	for (i = 0; i < ARRAY_SIZE(test_endpoints); i++) {
 		err = test_add(&test_endpoints[i]);
 		if (err) {
