@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark runs, verifies what it sends, and writes what it says. Never how fast it was."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTESTANTS = ("kucomms shm send", "kucomms shm send_many", "multiprocessing.Pipe", "asyncio.Queue")
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_throughput_is_verified_and_written(tmp_path):
+    file = tmp_path / "results.json"
+    words = "shm send,Pipe,asyncio.Queue"
+    output = run(
+        "--quick", "--only", "throughput", "--contestants", words, "--sizes", "64,4096",
+        "--seconds", "0.01", "--no-plots", "--json", str(file),
+    )
+    written = json.loads(file.read_text())
+    results = {(result["name"], result["case"]): result for result in written["results"]}
+    assert set(results) == {(name, size) for name in CONTESTANTS for size in ("64 B", "4096 B")}
+    for result in results.values():
+        assert "error" not in result
+        assert result["verified"] is True
+        assert result["samples"][0] > 0
+        assert result["cpu"] > 0
+    assert written["notes"] == []
+    assert not written["interrupted"]
+    assert written["machine"]["cores"] >= 1
+    outcomes = {target["what"]: target["outcome"] for target in written["targets"]}
+    assert outcomes["64 B: best peer / send_many"] in ("met", "missed")
+    assert outcomes["idle: wake-ups"] == "unknown"
+    for name in CONTESTANTS:
+        assert name in output
+
+
+def test_help_has_an_example():
+    assert "python -m bench --quick" in run("--help")
