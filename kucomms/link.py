@@ -912,6 +912,9 @@ class Link:
             status = self._channel.receive(64, max(budget, 0), messages, replies, False)
             if messages:
                 self._add_to_inbox(messages)
+                # Parking again may take back the bell that was rung for its parking.
+                if self._receive_queue:
+                    self._receive_queue[0].wake()
             if replies:
                 self._resolve(replies)
             if status != OK:

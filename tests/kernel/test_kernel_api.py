@@ -226,6 +226,21 @@ async def test_the_only_sender(name, ring_size):
         assert link.rx_avail == 0
 
 
+async def test_a_request_beside_a_receiver_wakes_it():
+    """Parking for the reply takes the level of the bell back that told of a message."""
+    async with connect() as link:
+        receiver = asyncio.ensure_future(link.receive())
+        await asyncio.sleep(0)
+        link.send_nowait(b"echo", type=Do.ECHO)
+        while not link.rx_avail:  # without a turn of the loop, which would hear the bell
+            pass
+        asked = asyncio.ensure_future(ask(link, Do.SLEEP, 1000))
+        async with asyncio.timeout(PATIENCE):
+            assert (await receiver).data == b"echo"
+        assert not asked.done()
+        await asked
+
+
 @pytest.mark.parametrize("how", [Do.ECHO, Do.ECHO_UNLOCKED, Do.ECHO_BEGUN])
 @pytest.mark.parametrize("name", NAMES)
 async def test_echo_behind_a_full_ring(name, how):
