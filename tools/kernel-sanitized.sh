@@ -1,15 +1,35 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# Builds Linux 6.12 with KASAN, UBSAN, lockdep and kmemleak into build/sanitized/ (about ten
-# minutes on two cores, once for each version of Debian's source package), then runs
-# tools/guest.py on it with the arguments given. With --build-only: builds, and runs nothing.
+# Usage: kernel-sanitized.sh kasan|kcsan [--build-only | arguments of tools/guest.py]
+#
+# Builds Linux 6.12 with checkers into build/sanitized/ and runs tools/guest.py on it. kasan:
+# KASAN, UBSAN, lockdep, kmemleak, sleep checks, allocations that fail; kcsan: KCSAN, UBSAN. A
+# build takes about ten minutes on two cores, once for each version of Debian's source package
+# and of our configuration.
 set -eu
 cd "$(dirname "$0")/.."
 
+CHECKER=${1:-}
+case $CHECKER in
+kasan)
+	WANTED="KASAN KASAN_VMALLOC UBSAN PROVE_LOCKING DEBUG_ATOMIC_SLEEP DEBUG_KMEMLEAK FAILSLAB
+		FAIL_PAGE_ALLOC FAULT_INJECTION_STACKTRACE_FILTER"
+	;;
+kcsan)
+	WANTED="KCSAN KCSAN_STRICT KCSAN_WEAK_MEMORY KCSAN_INTERRUPT_WATCHER UBSAN"
+	;;
+*)
+	sed -n '3,9s/^# \{0,1\}//p' "$0" >&2
+	exit 2
+	;;
+esac
+shift
 JOBS=${JOBS:-$(nproc)}
 PACKAGE=linux-source-6.12
 OUT=build/sanitized
-TREE=$OUT/linux
+SOURCE=$OUT/linux
+TREE=$OUT/$CHECKER
+CONFIG="tools/sanitized-guest.config tools/$CHECKER.config"
 
 missing=
 for tool in flex bison bc cpio xz; do
@@ -30,7 +50,7 @@ if [ -n "$missing" ]; then
 	fi
 fi
 
-if [ ! -e $TREE/Makefile ]; then
+if [ ! -e $SOURCE/Makefile ]; then
 	# The package is unpacked here and not installed: nothing outside build/ changes.
 	rm -rf $OUT
 	mkdir -p $OUT/deb
@@ -39,34 +59,35 @@ if [ ! -e $TREE/Makefile ]; then
 		tar -xO --wildcards './usr/src/linux-source-*.tar.xz' >$OUT/source.tar.xz
 	mkdir $OUT/unpacking
 	tar -xJf $OUT/source.tar.xz -C $OUT/unpacking --strip-components=1
-	mv $OUT/unpacking $TREE
+	mv $OUT/unpacking $SOURCE
 	rm -r $OUT/deb $OUT/source.tar.xz
 fi
 
-if [ ! -e $OUT/built ] || [ tools/sanitizers.config -nt $OUT/built ]; then
-	rm -f $OUT/built
-	log=$OUT/build.log
-	echo "building the sanitized kernel; output in $log"
-	(
-		cd $TREE
-		make tinyconfig
-		scripts/kconfig/merge_config.sh -m .config ../../../tools/sanitizers.config
-		make olddefconfig
-	) >$log 2>&1 || { tail -n 30 $log >&2; exit 1; }
+# shellcheck disable=SC2086
+if [ "$(cat $CONFIG)" != "$(cat "$TREE/built" 2>/dev/null)" ]; then
+	rm -f "$TREE/built"
+	mkdir -p "$TREE"
+	log=$TREE/build.log
+	echo "building the $CHECKER kernel; output in $log"
+	{
+		make -C $SOURCE O="$PWD/$TREE" tinyconfig &&
+			(cd "$TREE" && ../linux/scripts/kconfig/merge_config.sh -m .config \
+				$(for file in $CONFIG; do echo "../../../$file"; done)) &&
+			make -C "$TREE" olddefconfig
+	} >"$log" 2>&1 || { tail -n 30 "$log" >&2; exit 1; }
 	# Options that lost a dependency disappear in silence, and the checks with them.
-	for wanted in KASAN KASAN_VMALLOC UBSAN PROVE_LOCKING DEBUG_ATOMIC_SLEEP DEBUG_KMEMLEAK \
-		FAILSLAB FAIL_PAGE_ALLOC IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD; do
-		grep -q "^CONFIG_$wanted=y" $TREE/.config ||
+	for wanted in $WANTED IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD; do
+		grep -q "^CONFIG_$wanted=y" "$TREE/.config" ||
 			{ echo "CONFIG_$wanted is off in $TREE/.config" >&2; exit 1; }
 	done
-	if grep -q '^CONFIG_SLUB_TINY=y' $TREE/.config; then
+	if grep -q '^CONFIG_SLUB_TINY=y' "$TREE/.config"; then
 		echo "CONFIG_SLUB_TINY is on in $TREE/.config: KASAN would see nothing" >&2
 		exit 1
 	fi
-	make -C $TREE -j"$JOBS" bzImage modules >>$log 2>&1 || { tail -n 30 $log >&2; exit 1; }
-	touch $OUT/built
+	make -C "$TREE" -j"$JOBS" bzImage modules >>"$log" 2>&1 || { tail -n 30 "$log" >&2; exit 1; }
+	cat $CONFIG >"$TREE/built"
 fi
 
 [ "${1:-}" != --build-only ] || exit 0
 exec .venv/bin/python tools/guest.py --memory 3G \
-	--vmlinuz $TREE/arch/x86/boot/bzImage --kdir $TREE "$@"
+	--vmlinuz "$TREE/arch/x86/boot/bzImage" --kdir "$TREE" "$@"
