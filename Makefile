@@ -8,6 +8,7 @@ STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 
 RUNS ?= 20
+CHECKERS ?= kasan kcsan
 
 .PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized bench-kernel matrix lint lint-kernel clean
 
@@ -16,7 +17,8 @@ help:
 	@echo "make test        everything that is checked: lint, lint-kernel, the tests, test-kernel"
 	@echo "make test-kernel the tests of the kernel module, in guests with Linux 6.1 and 6.12"
 	@echo "make test-kernel-sanitized"
-	@echo "                 the same with KASAN, UBSAN, lockdep and kmemleak; builds a kernel first"
+	@echo "                 the same in kernels with KASAN, lockdep, kmemleak and failing allocations,"
+	@echo "                 and with KCSAN; builds both first; CHECKERS=kasan for one of them"
 	@echo "make bench       bench-user, then bench-kernel"
 	@echo "make bench-user  kucomms and its peers between two processes; ARGS=--quick takes a minute"
 	@echo "make bench-kernel"
@@ -62,6 +64,7 @@ lint-kernel: setup
 	sh tools/kernel-lint.sh
 
 test: lint lint-kernel
+	@sh tools/install-check-packages.sh
 	$(BIN)/python -m pytest
 	$(MAKE) test-kernel
 
@@ -71,7 +74,7 @@ test-kernel: setup
 
 test-kernel-sanitized: setup
 	@sh tools/install-kernel-packages.sh
-	sh tools/kernel-sanitized.sh
+	set -e; for checker in $(CHECKERS); do sh tools/kernel-sanitized.sh $$checker; done
 
 bench-kernel: setup
 	@sh tools/install-kernel-packages.sh

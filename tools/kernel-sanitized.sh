@@ -89,5 +89,6 @@ if [ "$(cat $CONFIG)" != "$(cat "$TREE/built" 2>/dev/null)" ]; then
 fi
 
 [ "${1:-}" != --build-only ] || exit 0
-exec .venv/bin/python tools/guest.py --memory 3G \
+exec .venv/bin/python tools/guest.py --memory 3G --timeout 7200 \
+	--log-dir "build/guest-$CHECKER" \
 	--vmlinuz "$TREE/arch/x86/boot/bzImage" --kdir "$TREE" "$@"
