@@ -137,27 +137,22 @@ static int create_device(const char *name)
 	strscpy(device->name, name, sizeof(device->name));
 	init_waitqueue_head(&device->wait);
 	atomic_inc(&kucomms_alive.devices);
+	/* Held to the end: who opens it waits until it is there for good. */
 	mutex_lock(&kucomms_lock);
 	err = kucomms_find_device(name) ? -EEXIST : attach_endpoint(device);
+	if (!err) {
+		dev = device_create_with_groups(&kucomms_class, NULL,
+						MKDEV(MAJOR(first_number),
+						      device->minor),
+						device, device_groups, "%s",
+						name);
+		err = PTR_ERR_OR_ZERO(dev);
+		if (err)
+			forget_device(device);
+	}
 	mutex_unlock(&kucomms_lock);
 	if (err)
-		goto err_free;
-	dev = device_create_with_groups(&kucomms_class, NULL,
-					MKDEV(MAJOR(first_number),
-					      device->minor),
-					device, device_groups, "%s", name);
-	if (IS_ERR(dev)) {
-		err = PTR_ERR(dev);
-		goto err_forget;
-	}
-	return 0;
-
-err_forget:
-	mutex_lock(&kucomms_lock);
-	forget_device(device);
-	mutex_unlock(&kucomms_lock);
-err_free:
-	free_device(device);
+		free_device(device);
 	return err;
 }
 
