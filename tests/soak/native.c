@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * One line of the soak in C, one way, for the great numbers: the peer sends, the
+ * hub checks every byte. Content and ledger are those of content.py and ledger.py.
+ *
+ *	native hub|peer URL CONTENT LEDGER ERRORS LINE SEED
+ */
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include <kucomms/client.h>
+
+#define OFFSETS		65521
+#define SIZES		8191
+#define RING_SIZE	(1 << 18)
+#define PATIENCE_MS	60000
+#define LOOK_MS		200	/* how often the hub looks whether to stop */
+#define LOOK_EVERY	1024	/* and the peer, in messages */
+
+enum { ENDS_PEER, ENDS_HUB, ENDS_KILL };
+enum { SESSION, ENDS, PEER_CHECKED, PEER_WRONG };
+enum { HUB_CHECKED = 8, HUB_WRONG, HUB_JUDGED, DEATHS };
+enum { ROW = 32, SENT = 16, OWNER = 20 };
+
+static const uint32_t *sizes;
+static const unsigned char *pattern;
+static volatile uint64_t *run, *row;
+static const char *errors;
+static uint64_t line;
+static pid_t parent;
+
+static int stopping(void)
+{
+	return *run || getppid() != parent;
+}
+
+/* Any number that seed and session determine. */
+static uint64_t mix(uint64_t value)
+{
+	value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	value = (value ^ (value >> 27)) * 0x94d049bb133111ebULL;
+	return value ^ (value >> 31);
+}
+
+static uint64_t session_key(uint64_t session)
+{
+	return (line * 1000003 + session) * 2;
+}
+
+static const unsigned char *content(uint64_t key, uint64_t number, uint32_t *size)
+{
+	*size = sizes[(number + key) % SIZES];
+	return pattern + (number * 40503 + key * 2654435761ULL) % OFFSETS;
+}
+
+__attribute__((format(printf, 2, 3)))
+static void wrong(int word, const char *format, ...)
+{
+	FILE *file = fopen(errors, "a");
+	va_list arguments;
+
+	row[word]++;
+	if (!file)
+		return;
+	fprintf(file, "line %llu, C: ", (unsigned long long)line);
+	va_start(arguments, format);
+	vfprintf(file, format, arguments);
+	va_end(arguments);
+	fputc('\n', file);
+	fclose(file);
+}
+
+static void *map(const char *path, int protection)
+{
+	int file = open(path, protection & PROT_WRITE ? O_RDWR : O_RDONLY);
+	struct stat status;
+	void *memory;
+
+	if (file < 0 || fstat(file, &status))
+		return NULL;
+	memory = mmap(NULL, (size_t)status.st_size, protection, MAP_SHARED, file, 0);
+	close(file);
+	return memory == MAP_FAILED ? NULL : memory;
+}
+
+/* ---- the peer ----------------------------------------------------------- */
+
+static int send_session(struct kucomms_client *link, uint64_t session, uint64_t count)
+{
+	uint64_t begin[2] = { session, row[ENDS] };
+	uint64_t key = session_key(session), number;
+	volatile uint64_t *sent = &row[SENT + session % 4];
+	const unsigned char *data;
+	uint32_t size;
+	int err;
+
+	err = kucomms_client_send(link, begin, sizeof(begin), 0, 0, 0, PATIENCE_MS);
+	for (number = 0; !err && number < count; number++) {
+		if (number % LOOK_EVERY == 0 && stopping())
+			break;
+		data = content(key, number, &size);
+		err = kucomms_client_send(link, data, size, key, number, key + number,
+					  PATIENCE_MS);
+		if (!err)
+			*sent = number + 1;
+	}
+	return err;
+}
+
+static int peer(const char *url, uint64_t seed)
+{
+	struct kucomms_client link;
+	uint64_t session, drawn, count;
+	int err;
+
+	while (!stopping()) {
+		session = row[SESSION] + 1;
+		drawn = mix(seed + line * 1000003 + session);
+		count = drawn >> 32 & 0x1fffff;
+		row[SENT + session % 4] = 0;
+		row[OWNER + session % 4] = session;
+		row[ENDS] = drawn & 1 ? ENDS_KILL : ENDS_PEER;
+		row[SESSION] = session;
+		if (drawn & 1)
+			count = UINT64_MAX;
+		err = kucomms_connect(&link, url, RING_SIZE, PATIENCE_MS);
+		if (!err)
+			err = send_session(&link, session, count);
+		kucomms_client_close(&link);
+		if (err) {
+			wrong(PEER_WRONG, "the peer: %s", strerror(-err));
+			return 1;
+		}
+	}
+	return 0;
+}
+
+/* ---- the hub ------------------------------------------------------------ */
+
+/* In order means: exactly this number and no other. */
+static int check(const struct kucomms_view *message, uint64_t key, uint64_t number)
+{
+	const unsigned char *data;
+	uint32_t size;
+
+	data = content(key, number, &size);
+	return message->type == key && message->id == number &&
+	       message->user_value == key + number && message->length == size &&
+	       !memcmp(message->data, data, size);
+}
+
+static void judge(uint64_t session, uint64_t ends, uint64_t received, int err, int closed)
+{
+	uint64_t sent = row[SENT + session % 4];
+
+	if (row[OWNER + session % 4] != session)
+		wrong(HUB_WRONG, "session %llu was judged too late",
+		      (unsigned long long)session);
+	if (err != -EPIPE)
+		wrong(HUB_WRONG, "session %llu ended with: %s",
+		      (unsigned long long)session, strerror(-err));
+	if (closed != (ends == ENDS_PEER) && !(closed && stopping()))
+		wrong(HUB_WRONG, "session %llu: %s", (unsigned long long)session,
+		      closed ? "it was closed" : "it was not closed in order");
+	if (closed ? received != sent : received < sent || received > sent + 1)
+		wrong(HUB_WRONG, "session %llu: %llu messages sent, %llu arrived",
+		      (unsigned long long)session, (unsigned long long)sent,
+		      (unsigned long long)received);
+	if (!closed)
+		row[DEATHS]++;
+	row[HUB_JUDGED]++;
+}
+
+static void serve(struct kucomms_client *link)
+{
+	uint64_t begin[2], key, checked = row[HUB_CHECKED], number = 0;
+	struct kucomms_view message;
+	int err;
+
+	err = kucomms_client_receive(link, &message, PATIENCE_MS);
+	if (err == -EPIPE)
+		return;		/* killed before it said anything */
+	if (err || message.length != sizeof(begin)) {
+		wrong(HUB_WRONG, "a session's begin: %s", err ? strerror(-err) : "length");
+		return;
+	}
+	memcpy(begin, message.data, sizeof(begin));
+	kucomms_client_release(link, &message);
+	key = session_key(begin[0]);
+	for (;; number++) {
+		err = kucomms_client_receive(link, &message, PATIENCE_MS);
+		if (err)
+			break;
+		if (!check(&message, key, number)) {
+			wrong(HUB_WRONG, "message %llu: key %llu, number %llu, %u bytes",
+			      (unsigned long long)number, (unsigned long long)message.type,
+			      (unsigned long long)message.id, message.length);
+			return;
+		}
+		kucomms_client_release(link, &message);
+		row[HUB_CHECKED] = ++checked;
+	}
+	judge(begin[0], begin[1], number, err,
+	      kucomms_ring_peer_state(&link->channel.rx) == KUCOMMS_STATE_CLOSED);
+}
+
+static int hub(const char *url)
+{
+	struct kucomms_listener listener;
+	struct kucomms_client link;
+	int err;
+
+	err = kucomms_listener_open(&listener, url, RING_SIZE);
+	if (err) {
+		wrong(HUB_WRONG, "%s: %s", url, strerror(-err));
+		return 1;
+	}
+	while (*run < 2 && getppid() == parent) {
+		err = kucomms_listener_accept(&listener, &link, LOOK_MS);
+		if (!err)
+			serve(&link);
+		else if (err != -ETIMEDOUT)
+			wrong(HUB_WRONG, "accept: %s", strerror(-err));
+		kucomms_client_close(&link);
+	}
+	kucomms_listener_close(&listener);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	unsigned char *memory;
+	uint64_t *words;
+
+	if (argc != 8) {
+		fprintf(stderr, "usage: %s hub|peer URL CONTENT LEDGER ERRORS LINE SEED\n",
+			argv[0]);
+		return 2;
+	}
+	parent = getppid();
+	signal(SIGINT, SIG_IGN);	/* who started us says when */
+	memory = map(argv[3], PROT_READ);
+	words = map(argv[4], PROT_READ | PROT_WRITE);
+	if (!memory || !words) {
+		perror(argv[3]);
+		return 1;
+	}
+	errors = argv[5];
+	line = strtoull(argv[6], NULL, 10);
+	sizes = (const uint32_t *)memory;
+	pattern = memory + SIZES * sizeof(*sizes);
+	run = words;
+	row = words + line * ROW;
+	if (!strcmp(argv[1], "hub"))
+		return hub(argv[2]);
+	return peer(argv[2], strtoull(argv[7], NULL, 10));
+}
