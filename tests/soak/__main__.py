@@ -97,7 +97,7 @@ class Native:
 class Run:
     """One soak, from its first process to its report."""
 
-    def __init__(self, transports, seed, native, *, plant=None, pause=0.02, kill_every=0.5):
+    def __init__(self, transports, seed, native, *, plant=(), pause=0.02, kill_every=0.5):
         self.seed = seed
         self.directory = tempfile.mkdtemp(prefix="kucomms-soak-")
         tag = f"{os.getpid()}_{seed % 10**6}"
@@ -109,8 +109,6 @@ class Run:
         self.problems = []
         self.kills = {}
         self.random = random.Random(seed)
-        self.sampler = Sampler()
-        self.begin = time.monotonic()
         self.seconds = 0.0
         self._kill_every = kill_every
         self._next_kill = 0.0
@@ -128,6 +126,8 @@ class Run:
             self.kills[line.number] = 0
             if line.where == "process":
                 self._start_peer(line)
+        self.sampler = Sampler()
+        self.begin = time.monotonic()
 
     @property
     def all_lines(self):
@@ -143,6 +143,18 @@ class Run:
         self.peers[line] = process
         self._started[line] = time.monotonic()
 
+    def ready(self):
+        """Whether something has come through every line; from then on it counts."""
+        if all(self.of(line)["verified"] for line in self.all_lines):
+            self.sampler = Sampler()
+            self.begin = time.monotonic()
+            return True
+        self.seconds = time.monotonic() - self.begin
+        if self.seconds > PATIENCE:
+            self.problems.append(f"not every line had begun after {PATIENCE:g} s")
+        self._check()
+        return False
+
     # ---- while it runs ----------------------------------------------------------
 
     def step(self):
@@ -152,6 +164,9 @@ class Run:
             self._next_kill = now + self.random.expovariate(1 / self._kill_every)
             self._kill_one()
         self.seconds = now - self.begin
+        self._check()
+
+    def _check(self):
         for name, process in self._lasting().items():
             if _exit_code(process) is not None:
                 self.problems.append(f"{name} ended with code {_exit_code(process)}")
@@ -376,7 +391,7 @@ def load_modules():
 @click.option("--pause", default=0.02, show_default=True,
               help="Seconds that Python senders rest between bursts, at most.")
 @click.option("--kill-every", default=0.5, show_default=True, help="Seconds, on average.")
-@click.option("--plant", type=click.Choice(["corrupt", "memory", "descriptor"]), hidden=True)
+@click.option("--plant", multiple=True, hidden=True)
 def main(minutes, messages, transports, native, seed, json_file, plot_file, pause, kill_every, plant):
     chosen = transports.split(",")
     if unknown := set(chosen) - set(TRANSPORTS):
@@ -416,6 +431,8 @@ def main(minutes, messages, transports, native, seed, json_file, plot_file, paus
 
 def _watch(run, console, length, messages, interrupted):
     """Until it is long enough, enough messages, something is wrong, or control-C."""
+    while not (run.ready() or interrupted or run.problems or run.wrong):
+        time.sleep(0.02)
     every = max(0.1, min(2.0, length / 100))
     next_sample = next_line = 0.0
     with Live(console=console, auto_refresh=False) if console.is_terminal else _Quiet() as live:

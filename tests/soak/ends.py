@@ -79,8 +79,8 @@ class Soak:
     directory: str
     seed: int
     tag: str
-    plant: str | None = None
-    """A fault to be made on purpose: ``corrupt``, ``memory`` or ``descriptor``."""
+    plant: tuple[str, ...] = ()
+    """Faults to be made on purpose: ``corrupt``, ``memory``, ``descriptor``."""
     pause: float = 0.02
     """Seconds that a sender may rest after a burst."""
     supervisor: int = 0
@@ -243,7 +243,7 @@ class Flow:
         number = self.sent
         key = self._out
         data = self.end.content.data(key, number)
-        if self.end.soak.plant == "corrupt" and self.end.hub and number == 1000:
+        if "corrupt" in self.end.soak.plant and self.end.hub and number == 1000:
             data = data[:-1] + bytes([data[-1] ^ 1]) if data else b"?"
         return Message(data, key, number, key + number)
 
@@ -447,12 +447,13 @@ async def hub(soak, lines, content, ledger):
 
 
 async def _leak(what):
-    """A planted fault; without one it does nothing."""
+    """The planted faults that grow."""
     kept = []
-    while what in ("memory", "descriptor"):
-        kept.append(bytes(1 << 20) if what == "memory" else os.dup(1))
-        if what == "memory":
-            kept[-1] = bytearray(os.urandom(64)) * (1 << 14)
+    while what:
+        if "memory" in what:
+            kept.append(bytearray(b"x") * (1 << 20))
+        if "descriptor" in what:
+            kept.append(os.dup(1))
         await asyncio.sleep(0.05)
 
 
