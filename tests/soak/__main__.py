@@ -25,7 +25,7 @@ from rich.live import Live
 from rich.table import Table
 
 import kucomms
-from tests.soak import ends, ledger
+from tests.soak import ledger
 from tests.soak.content import Content
 from tests.soak.ends import Line, Soak, hub_process, peer_process
 from tests.soak.flatness import Sampler
@@ -276,7 +276,9 @@ class Run:
         problems = [*self.problems, *(f"nothing came through line {n}" for n in silent)]
         if not verdicts:
             problems.append("too short to tell whether anything grows")
-        problems += [f"not flat: {v.what}: {v.first:.0f}, {v.last:.0f}" for v in verdicts if not v.ok]
+        problems += [
+            f"not flat: {v.what}: {v.first:.0f}, {v.last:.0f}" for v in verdicts if not v.ok
+        ]
         return {
             "ok": not problems and not self.wrong and not self.errors,
             "seed": self.seed,
@@ -392,7 +394,7 @@ def load_modules():
               help="Seconds that Python senders rest between bursts, at most.")
 @click.option("--kill-every", default=0.5, show_default=True, help="Seconds, on average.")
 @click.option("--plant", multiple=True, hidden=True)
-def main(minutes, messages, transports, native, seed, json_file, plot_file, pause, kill_every, plant):
+def main(minutes, messages, transports, native, seed, json_file, plot_file, **how):
     chosen = transports.split(",")
     if unknown := set(chosen) - set(TRANSPORTS):
         raise click.UsageError(f"no such transport: {', '.join(unknown)}")
@@ -406,7 +408,7 @@ def main(minutes, messages, transports, native, seed, json_file, plot_file, paus
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.append(True))
-    run = Run(chosen, seed, native, plant=plant, pause=pause, kill_every=kill_every)
+    run = Run(chosen, seed, native, **how)
     try:
         _watch(run, console, length, messages or float("inf"), interrupted)
         run.stop()
@@ -420,7 +422,9 @@ def main(minutes, messages, transports, native, seed, json_file, plot_file, paus
     totals = ", ".join(f"{count:,} over {t}://" for t, count in report["verified"].items())
     console.print(
         f"{'ok' if report['ok'] else 'FAILED'}: {totals} "
-        f"({report['verified_in_c']:,} of them from C to C) in {report['seconds']:.0f} s; seed {seed}"
+        f"({report['verified_in_c']:,} of them from C to C) in {report['seconds']:.0f} s; "
+        f"seed {seed}",
+        highlight=False,
     )
     if json_file:
         json_file.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: ASYNC110
 """The Python ends of the soak's lines: the peers, which come and go, and the hub, which stays.
 
 Every session is a link of its own. Both ends send numbered messages, in bursts and in one of
