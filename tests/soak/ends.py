@@ -407,14 +407,18 @@ async def hub_line(soak, line, content, ledger):
         if not line.peer_listens:
             await end.endpoint.listen(url, ring_size=RING_SIZE)
         connecting = asyncio.ensure_future(_connect_again(end, url)) if line.peer_listens else None
-        while ledger.words[RUN] != ALL_STOP:
-            await asyncio.sleep(_LOOK)
+        await _until_all_stops(ledger)
         if connecting is not None:
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
         for flow in list(end.flows.values()):
             end.wrong(f"session {flow.session} was still open when all peers had ended")
     return end
+
+
+async def _until_all_stops(ledger):
+    while ledger.words[RUN] != ALL_STOP:
+        await asyncio.sleep(_LOOK)
 
 
 async def _connect_again(end, url):
@@ -431,7 +435,8 @@ async def _connect_again(end, url):
 
 async def hub(soak, lines, content, ledger):
     """All lines of the hub, and the peers that run in it."""
-    tasks = [hub_line(soak, line, content, ledger) for line in lines if line.transport != "kernel"]
+    tasks = [_until_all_stops(ledger)]
+    tasks += [hub_line(soak, line, content, ledger) for line in lines if line.transport != "kernel"]
     tasks += [peer(soak, line, content, ledger) for line in lines if line.where == "loop"]
     threads = [
         threading.Thread(target=_run, args=(peer(soak, line, content, ledger), line.number % 2))

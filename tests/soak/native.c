@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * One line of the soak in C, one way, for the great numbers: the peer sends, the
- * hub checks every byte. Content and ledger are those of content.py and ledger.py.
+ * A line of the soak in C, for the great numbers. Between processes it goes one
+ * way: the peer sends, the hub checks every byte. With the kernel, the module
+ * sends everything back, and the peer checks that. Content and ledger are those
+ * of content.py and ledger.py.
  *
- *	native hub|peer URL CONTENT LEDGER ERRORS LINE SEED
+ *	native hub|peer|kernel URL CONTENT LEDGER ERRORS LINE SEED
+ *
+ * For the kernel the URL is the path of the device.
  */
 #include <fcntl.h>
 #include <signal.h>
@@ -11,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 
 #include <kucomms/client.h>
@@ -23,7 +28,7 @@
 #define LOOK_EVERY	1024	/* and the peer, in messages */
 
 enum { ENDS_PEER, ENDS_HUB, ENDS_KILL };
-enum { SESSION, ENDS, PEER_CHECKED, PEER_WRONG };
+enum { SESSION, ENDS, PEER_CHECKED, PEER_WRONG, PEER_JUDGED };
 enum { HUB_CHECKED = 8, HUB_WRONG, HUB_JUDGED, DEATHS };
 enum { ROW = 32, SENT = 16, OWNER = 20 };
 
@@ -112,22 +117,27 @@ static int send_session(struct kucomms_client *link, uint64_t session, uint64_t 
 	return err;
 }
 
+/* Note that one begins, and how it is to end. Return: how many messages it has. */
+static uint64_t begin_session(uint64_t session, uint64_t seed)
+{
+	uint64_t drawn = mix(seed + line * 1000003 + session);
+
+	row[SENT + session % 4] = 0;
+	row[OWNER + session % 4] = session;
+	row[ENDS] = drawn & 1 ? ENDS_KILL : ENDS_PEER;
+	row[SESSION] = session;
+	return drawn & 1 ? UINT64_MAX : drawn >> 32 & 0x1fffff;
+}
+
 static int peer(const char *url, uint64_t seed)
 {
 	struct kucomms_client link;
-	uint64_t session, drawn, count;
+	uint64_t session, count;
 	int err;
 
 	while (!stopping()) {
 		session = row[SESSION] + 1;
-		drawn = mix(seed + line * 1000003 + session);
-		count = drawn >> 32 & 0x1fffff;
-		row[SENT + session % 4] = 0;
-		row[OWNER + session % 4] = session;
-		row[ENDS] = drawn & 1 ? ENDS_KILL : ENDS_PEER;
-		row[SESSION] = session;
-		if (drawn & 1)
-			count = UINT64_MAX;
+		count = begin_session(session, seed);
 		err = kucomms_connect(&link, url, RING_SIZE, PATIENCE_MS);
 		if (!err)
 			err = send_session(&link, session, count);
@@ -232,13 +242,158 @@ static int hub(const char *url)
 	return 0;
 }
 
+/* ---- with the kernel ---------------------------------------------------- */
+
+static int device_open(const char *path, struct kucomms_channel *channel)
+{
+	struct kucomms_setup setup = {
+		.version = KUCOMMS_ABI_VERSION,
+		.features = KUCOMMS_FEATURES,
+		.ring_size = RING_SIZE,
+	};
+	int file = open(path, O_RDWR | O_CLOEXEC), err;
+
+	if (file < 0)
+		return -errno;
+	err = ioctl(file, KUCOMMS_IOC_SETUP, &setup) ? -errno : 0;
+	if (!err)
+		err = kucomms_channel_init(channel, 1, setup.ring_size, file,
+					   (uint64_t)setup.side_offset[1]);
+	if (!err) {
+		err = kucomms_channel_attach(channel, file, (uint64_t)setup.side_offset[0]);
+		if (err)
+			kucomms_channel_destroy(channel);
+	}
+	if (!err)
+		return file;
+	close(file);
+	return err;
+}
+
+static int kick(int file)
+{
+	return ioctl(file, KUCOMMS_IOC_KICK) ? -errno : 0;
+}
+
+/* Send what there is room for, at most until @last. Return: 0 or -errno. */
+static int send_some(int file, struct kucomms_channel *channel, uint64_t key, uint64_t *number,
+		     uint64_t last)
+{
+	const unsigned char *data;
+	uint32_t size;
+	int err;
+
+	for (; *number < last; ++*number) {
+		data = content(key, *number, &size);
+		err = kucomms_channel_send(channel, data, size, 0, key, *number, key + *number);
+		if (err == 1)
+			err = kick(file);
+		if (err)
+			return err == -EAGAIN ? 0 : err;
+	}
+	return 0;
+}
+
+/* Check what has come. Return: 0 or -errno, -EBADMSG when it is not what it must be. */
+static int check_some(int file, struct kucomms_channel *channel, uint64_t key, uint64_t *number)
+{
+	struct kucomms_view message;
+	int err;
+
+	for (;; ++*number) {
+		err = kucomms_channel_peek(channel, &message);
+		if (err)
+			return err == -EAGAIN ? 0 : err;
+		if (!check(&message, key, *number))
+			return -EBADMSG;
+		kucomms_channel_advance(channel, &message);
+		err = kucomms_channel_release(channel) ? kick(file) : 0;
+		if (err)
+			return err;
+		row[PEER_CHECKED]++;
+	}
+}
+
+/* Until there is something to read, or room for the next. Return: 0 or -errno. */
+static int wait_kernel(int file, struct kucomms_channel *channel, uint32_t size, int sending)
+{
+	struct kucomms_wait wait = {
+		.events = KUCOMMS_WAIT_DATA | (sending ? KUCOMMS_WAIT_SPACE : 0),
+		.timeout_ns = PATIENCE_MS * 1000000LL,
+	};
+	int err;
+
+	if (kucomms_channel_park_rx(channel))
+		return 0;
+	if (sending) {
+		err = kucomms_channel_park_tx(channel, size);
+		if (err == 1)
+			err = kick(file);
+		if (err)
+			return err == -EAGAIN ? 0 : err;
+	}
+	return ioctl(file, KUCOMMS_IOC_WAIT, &wait) ? -errno : 0;
+}
+
+static int kernel_session(int file, struct kucomms_channel *channel, uint64_t session,
+			  uint64_t count)
+{
+	uint64_t key = session_key(session), sent = 0, received = 0, before;
+	uint32_t size;
+	int err = 0;
+
+	while (!err && (received < sent || sent < count)) {
+		if (stopping())
+			count = sent;
+		before = sent + received;
+		err = send_some(file, channel, key, &sent,
+				count - sent < LOOK_EVERY ? count : sent + LOOK_EVERY);
+		if (!err)
+			err = check_some(file, channel, key, &received);
+		if (err || before != sent + received)
+			continue;
+		content(key, sent, &size);
+		err = wait_kernel(file, channel, size, sent < count);
+	}
+	if (!err)
+		row[PEER_JUDGED]++;
+	else
+		wrong(PEER_WRONG, "session %llu: %llu sent, %llu came back, then: %s",
+		      (unsigned long long)session, (unsigned long long)sent,
+		      (unsigned long long)received, strerror(-err));
+	return err;
+}
+
+static int kernel(const char *path, uint64_t seed)
+{
+	struct kucomms_channel channel;
+	uint64_t session, count;
+	int err = 0, file;
+
+	while (!err && !stopping()) {
+		session = row[SESSION] + 1;
+		count = begin_session(session, seed);
+		file = device_open(path, &channel);
+		if (file < 0) {
+			wrong(PEER_WRONG, "%s: %s", path, strerror(-file));
+			return 1;
+		}
+		err = kernel_session(file, &channel, session, count);
+		kucomms_channel_close(&channel, KUCOMMS_STATE_CLOSED);
+		kick(file);
+		kucomms_channel_destroy(&channel);
+		close(file);
+	}
+	return !!err;
+}
+
 int main(int argc, char **argv)
 {
 	unsigned char *memory;
 	uint64_t *words;
 
 	if (argc != 8) {
-		fprintf(stderr, "usage: %s hub|peer URL CONTENT LEDGER ERRORS LINE SEED\n",
+		fprintf(stderr, "usage: %s hub|peer|kernel URL CONTENT LEDGER ERRORS LINE SEED\n",
 			argv[0]);
 		return 2;
 	}
@@ -258,5 +413,7 @@ int main(int argc, char **argv)
 	row = words + line * ROW;
 	if (!strcmp(argv[1], "hub"))
 		return hub(argv[2]);
+	if (!strcmp(argv[1], "kernel"))
+		return kernel(argv[2], strtoull(argv[7], NULL, 10));
 	return peer(argv[2], strtoull(argv[7], NULL, 10));
 }
