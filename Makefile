@@ -10,7 +10,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan
 
-.PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized bench-kernel matrix lint lint-kernel clean
+.PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -24,6 +24,8 @@ help:
 	@echo "make bench-kernel"
 	@echo "                 kernel and user by kucomms, netlink, BPF rings and others, in a guest"
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
+	@echo "make soak        all transports at once for ten minutes, with kills; ARGS='--minutes 60'"
+	@echo "make soak-kernel the same in a guest with Linux 6.12, kernel:// included"
 	@echo "make lint        ruff and mypy"
 	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code"
 	@echo "make setup       only the virtual environment, with kucomms built in place"
@@ -86,6 +88,16 @@ matrix: setup
 		echo "run $$run of $(RUNS)"; \
 		$(BIN)/python -m pytest -q tests/transports/test_conformance.py || exit 1; \
 	done
+
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
+
+# Its C program is built here; in an emulated guest that takes long.
+soak-kernel: setup
+	@sh tools/install-kernel-packages.sh
+	$(BIN)/python -m tests.soak --build
+	$(BIN)/python tools/guest.py --kernel 6.12 --timeout 90000 -- \
+		python -m tests.soak --transports inproc,shm,kernel $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(filter-out build/sanitized,$(wildcard build/*)) dist *.egg-info kucomms/_core/*.so kucomms/_core/_setup.c

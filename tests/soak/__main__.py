@@ -407,8 +407,12 @@ def load_modules():
 @click.option("--pause", default=0.02, show_default=True,
               help="Seconds that Python senders rest between bursts, at most.")
 @click.option("--kill-every", default=0.5, show_default=True, help="Seconds, on average.")
+@click.option("--build", is_flag=True, help="Only compile the C program, for a guest to come.")
 @click.option("--plant", multiple=True, hidden=True)
-def main(minutes, messages, transports, native, seed, json_file, plot_file, **how):
+def main(minutes, messages, transports, native, seed, json_file, plot_file, build, **how):
+    if build:
+        Native.build()
+        return
     chosen = transports.split(",")
     if unknown := set(chosen) - set(TRANSPORTS):
         raise click.UsageError(f"no such transport: {', '.join(unknown)}")
