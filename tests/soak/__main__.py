@@ -28,7 +28,7 @@ import kucomms
 from tests.soak import ledger
 from tests.soak.content import Content
 from tests.soak.ends import Line, Soak, hub_process, peer_process
-from tests.soak.flatness import Sampler
+from tests.soak.flatness import Sampler, alive
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSPORTS = ("inproc", "shm", "kernel")
@@ -42,8 +42,8 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.soak.ends", "uvloop"])
 
 
-def lines_of(transports):
-    """The Python lines: every way to send and to receive, at either end."""
+def lines_of(transports, count):
+    """So many Python lines of each: every way to send and to receive, at either end."""
     lines = []
 
     def add(transport, where, listens, shift):
@@ -53,13 +53,13 @@ def lines_of(transports):
         lines.append(Line(at + 1, transport, where, listens, ways[0], ways[1], *back))
 
     if "shm" in transports:
-        for number in range(4):
+        for number in range(count):
             add("shm", "process", number == 3, number)
     if "inproc" in transports:
-        for number in range(4):
+        for number in range(count):
             add("inproc", ("thread", "loop")[number % 2], number == 2, number + 1)
     if "kernel" in transports:
-        for number in range(4):
+        for number in range(count):
             add("kernel", "process", False, number + 2)
     return lines
 
@@ -108,13 +108,13 @@ class Native:
 class Run:
     """One soak, from its first process to its report."""
 
-    def __init__(self, transports, seed, native, *, plant=(), pause=0.02, kill_every=0.5):
+    def __init__(self, transports, seed, lines, native, *, plant=(), pause=0.02, kill_every=0.5):
         self.seed = seed
         self.directory = tempfile.mkdtemp(prefix="kucomms-soak-")
         tag = f"{os.getpid()}_{seed % 10**6}"
         self.soak = Soak(self.directory, seed, tag, plant, pause)
         self.soak.errors.touch()
-        self.lines = lines_of(transports)
+        self.lines = lines_of(transports, lines)
         in_c = native * [t for t in transports if t != "inproc"]
         program = Native.build() if in_c else None
         self.ledger = ledger.Ledger(self.soak.ledger, rows=1 + len(self.lines) + len(in_c))
@@ -265,6 +265,11 @@ class Run:
         self.ledger.stop(ledger.ALL_STOP)
         for name, process in self._lasting().items():
             self._end(process, name)
+        give_up = time.monotonic() + PATIENCE
+        while (left := alive().get("channels")) and time.monotonic() < give_up:
+            time.sleep(0.02)
+        if left:
+            self.problems.append(f"{left} channels are left in the kernel")
         self.errors = self.soak.errors.read_text().splitlines()
 
     def _end(self, process, name):
@@ -397,6 +402,8 @@ def load_modules():
 @click.option("--messages", type=float, help="End when so many are verified, instead.")
 @click.option("--transports", default="inproc,shm", show_default=True, metavar="LIST",
               help="Of inproc, shm, kernel; the last only in a guest.")
+@click.option("--lines", type=click.IntRange(0), default=4, show_default=True,
+              help="Lines in Python of each transport.")
 @click.option("--native", type=click.IntRange(0), default=1, show_default=True,
               help="Lines of shm:// and of kernel:// with C programs.")
 @click.option("--seed", type=int, help="For everything random.  [default: drawn]")
@@ -409,7 +416,7 @@ def load_modules():
 @click.option("--kill-every", default=0.5, show_default=True, help="Seconds, on average.")
 @click.option("--build", is_flag=True, help="Only compile the C program, for a guest to come.")
 @click.option("--plant", multiple=True, hidden=True)
-def main(minutes, messages, transports, native, seed, json_file, plot_file, build, **how):
+def main(minutes, messages, transports, lines, native, seed, json_file, plot_file, build, **how):
     if build:
         Native.build()
         return
@@ -426,7 +433,7 @@ def main(minutes, messages, transports, native, seed, json_file, plot_file, buil
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.append(True))
-    run = Run(chosen, seed, native, **how)
+    run = Run(chosen, seed, lines, native, **how)
     try:
         _watch(run, console, length, messages or float("inf"), interrupted)
         run.stop()

@@ -118,7 +118,7 @@ static int send_session(struct kucomms_client *link, uint64_t session, uint64_t 
 }
 
 /* Note that one begins, and how it is to end. Return: how many messages it has. */
-static uint64_t begin_session(uint64_t session, uint64_t seed)
+static uint64_t begin_session(uint64_t session, uint64_t seed, uint64_t mask)
 {
 	uint64_t drawn = mix(seed + line * 1000003 + session);
 
@@ -126,7 +126,7 @@ static uint64_t begin_session(uint64_t session, uint64_t seed)
 	row[OWNER + session % 4] = session;
 	row[ENDS] = drawn & 1 ? ENDS_KILL : ENDS_PEER;
 	row[SESSION] = session;
-	return drawn & 1 ? UINT64_MAX : drawn >> 32 & 0x1fffff;
+	return drawn & 1 ? UINT64_MAX : drawn >> 32 & mask;
 }
 
 static int peer(const char *url, uint64_t seed)
@@ -137,7 +137,7 @@ static int peer(const char *url, uint64_t seed)
 
 	while (!stopping()) {
 		session = row[SESSION] + 1;
-		count = begin_session(session, seed);
+		count = begin_session(session, seed, 0x1fffff);
 		err = kucomms_connect(&link, url, RING_SIZE, PATIENCE_MS);
 		if (!err)
 			err = send_session(&link, session, count);
@@ -372,7 +372,7 @@ static int kernel(const char *path, uint64_t seed)
 
 	while (!err && !stopping()) {
 		session = row[SESSION] + 1;
-		count = begin_session(session, seed);
+		count = begin_session(session, seed, 0x1ffff);
 		file = device_open(path, &channel);
 		if (file < 0) {
 			wrong(PEER_WRONG, "%s: %s", path, strerror(-file));
