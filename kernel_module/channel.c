@@ -408,7 +408,10 @@ static bool must_ring(struct kucomms_channel *channel)
 {
 	u64 epoch, rung;
 
-	/* pairs with smp_mb() in kucomms_ring_park_for_data() */
+	/*
+	 * pairs with smp_mb() in kucomms_ring_park_for_data()
+	 * model: senders.pml WITHOUT_MUST_RING_MB
+	 */
 	smp_mb();
 	epoch = READ_ONCE(channel->tx.peer->parked);
 	rung = READ_ONCE(channel->tx.rung);

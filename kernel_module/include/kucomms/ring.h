@@ -48,6 +48,9 @@
  * after a commit: a consumer that keeps pins and waits for something itself
  * learns so that nothing more can come (producer_starves()).
  *
+ * Proof. Each barrier names a model in tests/models and what leaves it out there:
+ * then the model fails.
+ *
  * Trust. The other side may write anything at any time into its pages. Each of
  * its words is read once, checked against what is kept privately, then used.
  *
@@ -243,7 +246,10 @@ kucomms_ring_producer_init(struct kucomms_ring_producer *p,
 /* Look where the consumer is. -EPROTO when it is where it cannot be. */
 static inline int kucomms_ring_refresh_consumed(struct kucomms_ring_producer *p)
 {
-	/* pairs with smp_store_release() in kucomms_ring_give_back() */
+	/*
+	 * pairs with smp_store_release() in kucomms_ring_give_back()
+	 * model: transfer.pml WITHOUT_CONSUMED_ACQUIRE
+	 */
 	__u64 seen = smp_load_acquire(&p->peer->position);
 
 	if (seen & (KUCOMMS_FRAME_ALIGN - 1) ||
@@ -324,7 +330,10 @@ static inline void kucomms_ring_move(struct kucomms_ring_producer *p,
 				     __u32 length)
 {
 	p->position += kucomms_frame_span(length);
-	/* pairs with smp_load_acquire() in kucomms_ring_refresh_available() */
+	/*
+	 * pairs with smp_load_acquire() in kucomms_ring_refresh_available()
+	 * model: transfer.pml WITHOUT_MOVE_RELEASE
+	 */
 	smp_store_release(&p->own->position, p->position);
 	kucomms_ring_unpark_for_space(p);
 }
@@ -382,7 +391,10 @@ static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
 static inline void kucomms_ring_finish(struct kucomms_frame *frame,
 				       __u32 length, __u32 flags)
 {
-	/* pairs with smp_load_acquire() in kucomms_ring_peek() */
+	/*
+	 * pairs with smp_load_acquire() in kucomms_ring_peek()
+	 * model: transfer.pml WITHOUT_FINISH_RELEASE
+	 */
 	smp_store_release(&frame->control,
 			  kucomms_frame_control(length, flags,
 						KUCOMMS_KIND_MESSAGE));
@@ -413,7 +425,10 @@ static inline int kucomms_ring_wake_consumer(struct kucomms_ring_producer *p)
 {
 	__u64 epoch;
 
-	/* pairs with smp_mb() in kucomms_ring_park_for_data() */
+	/*
+	 * pairs with smp_mb() in kucomms_ring_park_for_data()
+	 * model: park.pml WITHOUT_WAKE_CONSUMER_MB
+	 */
 	smp_mb();
 	epoch = READ_ONCE(p->peer->parked);
 	if (epoch == READ_ONCE(p->rung))
@@ -436,7 +451,10 @@ static inline int kucomms_ring_park_for_space(struct kucomms_ring_producer *p,
 	p->wanted = span;
 	WRITE_ONCE(p->own->wanted, span);
 	WRITE_ONCE(p->own->parked, ++p->parked);
-	/* pairs with smp_mb() in kucomms_ring_wake_producer() */
+	/*
+	 * pairs with smp_mb() in kucomms_ring_wake_producer()
+	 * model: park.pml WITHOUT_PARK_FOR_SPACE_MB
+	 */
 	smp_mb();
 	if (kucomms_ring_has_room(p, span) == -EAGAIN)
 		return 0;
@@ -448,7 +466,10 @@ static inline int kucomms_ring_park_for_space(struct kucomms_ring_producer *p,
 static inline void kucomms_ring_set_state(struct kucomms_ring_producer *p,
 					  __u32 state)
 {
-	/* pairs with smp_load_acquire() in kucomms_ring_peer_state() */
+	/*
+	 * pairs with smp_load_acquire() in kucomms_ring_peer_state()
+	 * model: close.pml WITHOUT_SET_STATE_RELEASE
+	 */
 	smp_store_release(&p->own->state, state);
 }
 
@@ -478,7 +499,10 @@ kucomms_ring_consumer_init(struct kucomms_ring_consumer *c,
 static inline __u32
 kucomms_ring_peer_state(const struct kucomms_ring_consumer *c)
 {
-	/* pairs with smp_store_release() in kucomms_ring_set_state() */
+	/*
+	 * pairs with smp_store_release() in kucomms_ring_set_state()
+	 * model: close.pml WITHOUT_PEER_STATE_ACQUIRE
+	 */
 	return smp_load_acquire(&c->peer->state);
 }
 
@@ -486,7 +510,10 @@ kucomms_ring_peer_state(const struct kucomms_ring_consumer *c)
 static inline int
 kucomms_ring_refresh_available(struct kucomms_ring_consumer *c)
 {
-	/* pairs with smp_store_release() in kucomms_ring_move() */
+	/*
+	 * pairs with smp_store_release() in kucomms_ring_move()
+	 * model: transfer.pml WITHOUT_AVAILABLE_ACQUIRE
+	 */
 	__u64 seen = smp_load_acquire(&c->peer->position);
 
 	if (seen & (KUCOMMS_FRAME_ALIGN - 1) || seen - c->published > c->size ||
@@ -531,7 +558,10 @@ static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
 		}
 		frame = (const struct kucomms_frame *)
 			(c->data + (c->position & (c->size - 1)));
-		/* pairs with smp_store_release() in kucomms_ring_finish() */
+		/*
+		 * pairs with smp_store_release() in kucomms_ring_finish()
+		 * model: transfer.pml WITHOUT_PEEK_ACQUIRE
+		 */
 		control = smp_load_acquire(&frame->control);
 		span = kucomms_frame_span((__u32)control);
 		flags = (__u32)(control >> 32) & 0xffff;
@@ -595,7 +625,10 @@ static inline int kucomms_ring_give_back(struct kucomms_ring_consumer *c)
 	if (end == c->published)
 		return 0;
 	c->published = end;
-	/* pairs with smp_load_acquire() in kucomms_ring_refresh_consumed() */
+	/*
+	 * pairs with smp_load_acquire() in kucomms_ring_refresh_consumed()
+	 * model: transfer.pml WITHOUT_GIVE_BACK_RELEASE
+	 */
 	smp_store_release(&c->own->position, end);
 	return 1;
 }
@@ -610,7 +643,10 @@ static inline int kucomms_ring_wake_producer(struct kucomms_ring_consumer *c)
 {
 	__u64 epoch;
 
-	/* pairs with smp_mb() in kucomms_ring_park_for_space() */
+	/*
+	 * pairs with smp_mb() in kucomms_ring_park_for_space()
+	 * model: park.pml WITHOUT_WAKE_PRODUCER_MB
+	 */
 	smp_mb();
 	epoch = READ_ONCE(c->peer->parked);
 	if (epoch == c->rung)
@@ -649,7 +685,10 @@ kucomms_ring_release_lazily(struct kucomms_ring_consumer *c)
 
 	if (!kucomms_ring_give_back(c))
 		return 0;
-	/* pairs with smp_mb() in kucomms_ring_park_for_space() */
+	/*
+	 * pairs with smp_mb() in kucomms_ring_park_for_space()
+	 * model: lazy.pml WITHOUT_RELEASE_LAZILY_MB
+	 */
 	smp_mb();
 	if (READ_ONCE(c->peer->parked) == c->rung)
 		return 0;
@@ -673,7 +712,10 @@ static inline int kucomms_ring_park_for_data(struct kucomms_ring_consumer *c)
 	struct kucomms_view view;
 
 	WRITE_ONCE(c->own->parked, ++c->parked);
-	/* pairs with smp_mb() in kucomms_ring_wake_consumer() */
+	/*
+	 * pairs with smp_mb() in kucomms_ring_wake_consumer()
+	 * model: park.pml WITHOUT_PARK_FOR_DATA_MB
+	 */
 	smp_mb();
 	/* What was skipped must be released before sleeping, too. */
 	return kucomms_ring_peek(c, &view) != -EAGAIN || c->position != before;
