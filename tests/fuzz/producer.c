@@ -218,7 +218,7 @@ static void our_call(const struct operation *operation)
 		break;
 	default:
 		/* Until it is full, or the peer misbehaves. */
-		length %= 256;
+		length = 200 + length % 256;
 		do {
 			result = kucomms_channel_send(&a, pattern, length, 0, 0,
 						      0, 0);

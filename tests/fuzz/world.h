@@ -14,7 +14,8 @@
  * inside a later call, and they say how many accesses are waited for.
  *
  * The memory is mapped by channel.h itself, between pages that cannot be touched.
- * A target is one C file that includes this one.
+ * A target is one C file that includes this one and defines the functions that
+ * are declared below as the target's.
  */
 #ifndef KUCOMMS_FUZZ_WORLD_H
 #define KUCOMMS_FUZZ_WORLD_H

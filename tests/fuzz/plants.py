@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""Bugs to plant in a copy of the headers: each has to be found by a target."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import harness
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One bug: ``old`` is replaced by ``new`` in a header."""
+
+    name: str
+    target: str
+    old: str
+    new: str
+    header: str = "ring.h"
+
+
+PLANTS = (
+    Plant(
+        "unchecked-length",
+        "consumer",
+        "span > c->available - c->position ||",
+        "",
+    ),
+    Plant(
+        "unchecked-flags",
+        "consumer",
+        "flags & ~(__u32)KUCOMMS_FLAGS ||",
+        "",
+    ),
+    Plant(
+        "unchecked-producer-position",
+        "consumer",
+        "seen - c->published > c->size ||",
+        "",
+    ),
+    Plant(
+        "producer-position-goes-back",
+        "consumer",
+        "||\n\t    seen - c->published < c->available - c->published)",
+        ")",
+    ),
+    Plant(
+        "unchecked-consumer-position",
+        "producer",
+        "||\n\t    seen - p->consumed > p->position - p->consumed)",
+        ")",
+    ),
+    Plant(
+        "double-fetch-of-length",
+        "consumer",
+        "view->length = (__u32)control;",
+        "view->length = (__u32)READ_ONCE(frame->control);",
+    ),
+    Plant(
+        "double-fetch-of-length-unmarked",
+        "consumer",
+        "view->length = (__u32)control;",
+        "view->length = (__u32)frame->control;",
+    ),
+    Plant(
+        "double-fetch-of-producer-position",
+        "consumer",
+        "c->available = seen;",
+        "c->available = c->peer->position;",
+    ),
+    Plant(
+        "double-fetch-of-consumer-position",
+        "producer",
+        "p->consumed = seen;",
+        "p->consumed = p->peer->position;",
+    ),
+    Plant(
+        "double-fetch-of-geometry",
+        "consumer",
+        "return memcmp(&seen, &expected, sizeof(seen))",
+        "return memcmp(shared, &expected, sizeof(seen))",
+        header="channel.h",
+    ),
+    Plant(
+        "held-in-the-loop",
+        "consumer",
+        "refreshed = 1;",
+        "",
+    ),
+    Plant(
+        "pins-given-back",
+        "pair",
+        "__u64 end = kucomms_pins_oldest(&c->pins, c->position);",
+        "__u64 end = c->position;",
+    ),
+    Plant(
+        "no-look-after-parking",
+        "pair",
+        "return kucomms_ring_peek(c, &view) != -EAGAIN || c->position != before;",
+        "(void)view; return c->position != before;",
+    ),
+    Plant(
+        "no-look-for-space-after-parking",
+        "pair",
+        "if (kucomms_ring_has_room(p, span) == -EAGAIN)\n\t\treturn 0;",
+        "if (span)\n\t\treturn 0;",
+    ),
+    Plant(
+        "published-before-written",
+        "pair",
+        "\tWRITE_ONCE(frame->control,\n\t\t   kucomms_frame_control(length, flags, "
+        "KUCOMMS_KIND_MESSAGE));\n\tkucomms_ring_move(p, length);",
+        "\tkucomms_ring_move(p, length);\n\tWRITE_ONCE(frame->control,\n\t\t   "
+        "kucomms_frame_control(length, flags, KUCOMMS_KIND_MESSAGE));",
+    ),
+)
+
+
+def build(plant: Plant, folder: Path) -> Path:
+    """Build the plant's target in ``folder``, with the bug. Return: the program."""
+    include = folder / "include"
+    shutil.copytree(harness.INCLUDE, include)
+    header = include / "kucomms" / plant.header
+    text = header.read_text()
+    if text.count(plant.old) != 1:
+        raise LookupError(f"{plant.name}: not once in {plant.header}: {plant.old}")
+    header.write_text(text.replace(plant.old, plant.new))
+    program = folder / plant.target
+    # They are built to be run a few times.
+    harness.make("OPTIMISE=-O0", str(program), build=folder, include=include)
+    return program
