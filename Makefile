@@ -10,7 +10,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan
 
-.PHONY: help setup demo bench bench-user test test-kernel test-kernel-6.1 test-kernel-6.12 test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean
+.PHONY: help setup demo bench bench-user test test-kernel test-kernel-6.1 test-kernel-6.12 test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -26,6 +26,10 @@ help:
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make soak        all transports at once for ten minutes, with kills; ARGS='--minutes 60'"
 	@echo "make soak-kernel the same in a guest with Linux 6.12, kernel:// included"
+	@echo "make fuzz        hostile peers against the ring, 10^7 times; ARGS='--runs 100000000'"
+	@echo "make fuzz-coverage"
+	@echo "                 what of the ring and the channel the fuzzer's stored inputs reach"
+	@echo "make stress      the ring between threads for ten minutes, under the thread sanitizer"
 	@echo "make lint        ruff and mypy"
 	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code"
 	@echo "make setup       only the virtual environment, with kucomms built in place"
@@ -101,6 +105,17 @@ soak-kernel: setup
 	$(BIN)/python -m tests.soak --build
 	$(BIN)/python tools/guest.py --kernel 6.12 --timeout 90000 -- \
 		python -m tests.soak --transports inproc,shm,kernel $(ARGS)
+
+fuzz: setup
+	@sh tools/install-check-packages.sh
+	$(BIN)/python -m tests.fuzz run $(ARGS)
+
+fuzz-coverage: setup
+	@sh tools/install-check-packages.sh
+	$(BIN)/python -m tests.fuzz coverage $(ARGS)
+
+stress: setup
+	$(BIN)/python -m tests.fuzz stress $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(filter-out build/sanitized,$(wildcard build/*)) dist *.egg-info kucomms/_core/*.so kucomms/_core/_setup.c

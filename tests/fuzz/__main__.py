@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +183,15 @@ def coverage(as_json: bool) -> None:
     """Say what of ring.h and channel.h the corpus and the C tests reach."""
     found = harness.coverage()
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps({header: asdict(figures) for header, figures in found.items()}))
         return
-    for header, summary in found.items():
-        for kind in ("lines", "branches"):
-            figures = summary[kind]
-            click.echo(
-                f"{header:10} {kind:9} {figures['covered']:4} of {figures['count']:4}"
-                f"  {figures['percent']:6.2f} %"
-            )
-    click.echo(f"line by line: {harness.BUILD / 'coverage'}")
+    for header, figures in found.items():
+        for kind, count, missed, percent in (
+            ("lines", figures.lines, figures.missed_lines, figures.percent_of_lines),
+            ("branches", figures.branches, figures.missed_branches, figures.percent_of_branches),
+        ):
+            where = f"  but for {', '.join(map(str, missed))}" if missed else ""
+            click.echo(f"{header:10} {percent:6.2f} % of {count} {kind}{where}")
 
 
 @main.command()

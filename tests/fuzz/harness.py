@@ -125,43 +125,74 @@ def remember(target: str, data: bytes, remark: str) -> None:
     path.write_text(f"{data.hex()} # {remark}\n" + path.read_text())
 
 
-def coverage(build: Path = BUILD) -> dict[str, dict[str, dict[str, float]]]:
-    """Lines and branches of the headers that the corpus and the C tests reach.
+@dataclass
+class Coverage:
+    """How much of a header was run, by all programs together."""
 
-    Return: for each header, for "lines" and "branches", llvm-cov's "count", "covered", "percent".
-    """
+    lines: int
+    branches: int
+    missed_lines: list[int]
+    missed_branches: list[int]  # their lines; a condition has two
+
+    @property
+    def percent_of_lines(self) -> float:
+        return 100 * (1 - len(self.missed_lines) / self.lines)
+
+    @property
+    def percent_of_branches(self) -> float:
+        return 100 * (1 - len(self.missed_branches) / self.branches)
+
+
+def _measured(build: Path) -> list[str | Path]:
+    """Run all there is to be measured. Return: what llvm-cov wants to know."""
     make("coverage", build=build)
-    profiles = []
-    programs = [build / f"{target}_coverage" for target in TARGETS]
-    commands = [
-        [program, "-runs=0", unpack(target, build / "replay" / target)]
-        for program, target in zip(programs, TARGETS, strict=True)
-    ]
-    for name in ("setup_coverage", "ring_test_coverage"):
-        programs.append(build / name)
-        commands.append([build / name])
-    for program, command in zip(programs, commands, strict=True):
-        profiles.append(program.with_suffix(".profraw"))
+    folders = {target: unpack(target, build / "replay" / target) for target in TARGETS}
+    commands = {f"{target}_coverage": ["-runs=0", folders[target]] for target in TARGETS}
+    commands |= {"setup_coverage": [], "ring_test_coverage": []}
+    for program, options in commands.items():
         subprocess.run(
-            command,
+            [build / program, *options],
             check=True,
             capture_output=True,
             timeout=600,
-            env={"LLVM_PROFILE_FILE": str(profiles[-1])},
+            env={"LLVM_PROFILE_FILE": str(build / f"{program}.profraw")},
         )
     merged = build / "coverage.profdata"
+    profiles = [build / f"{program}.profraw" for program in commands]
     subprocess.run(["llvm-profdata", "merge", *profiles, "-o", merged], check=True)
-    objects = [part for program in programs[1:] for part in ("-object", program)]
-    exported = subprocess.run(
-        ["llvm-cov", "export", programs[0], *objects, f"-instr-profile={merged}"],
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
-    files = json.loads(exported.stdout)["data"][0]["files"]
-    return {
-        name: file["summary"]
-        for name in HEADERS
-        for file in files
-        if file["filename"].endswith(f"/kucomms/{name}")
-    }
+    programs = [part for program in commands for part in ("-object", build / program)]
+    return [*programs[1:], f"-instr-profile={merged}"]
+
+
+def coverage(build: Path = BUILD) -> dict[str, Coverage]:
+    """How much of each header the corpus and the C tests run.
+
+    A function in a header exists once in each program; llvm-cov's own summary takes the best of
+    them, this adds them up.
+    """
+    about = _measured(build)
+
+    def export(form: str) -> str:
+        command = ["llvm-cov", "export", f"-format={form}", *about]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    (data,) = json.loads(export("text"))["data"]
+    records = export("lcov").split("end_of_record")
+    found = {}
+    for name in HEADERS:
+        (record,) = (text for text in records if f"/kucomms/{name}\n" in text)
+        lines = {int(at): int(runs) for at, runs in re.findall(r"^DA:(\d+),(\d+)", record, re.M)}
+        # Where, and which way: times.
+        branches: dict[tuple[int, ...], int] = {}
+        (file,) = (file for file in data["files"] if file["filename"].endswith(f"/kucomms/{name}"))
+        for *where, taken, skipped, _, _, _ in file["branches"]:
+            for way, times in enumerate((taken, skipped)):
+                key = (*where, way)
+                branches[key] = branches.get(key, 0) + times
+        found[name] = Coverage(
+            len(lines),
+            len(branches),
+            [line for line, times in lines.items() if not times],
+            [at[0] for at, times in branches.items() if not times],
+        )
+    return found
