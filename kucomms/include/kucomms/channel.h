@@ -74,12 +74,10 @@ static inline uint64_t kucomms_side_size(uint64_t ring_size)
 	return KUCOMMS_CONTROL_PAGES * kucomms_page_size() + ring_size;
 }
 
-/* Largest message of a ring. */
+/* Largest message of a ring, which is at most KUCOMMS_RING_MAX: 32 bits do. */
 static inline uint64_t kucomms_message_max(uint64_t ring_size)
 {
-	uint64_t most = ring_size - KUCOMMS_HEADER_SIZE;
-
-	return most > UINT32_MAX ? UINT32_MAX : most;
+	return ring_size - KUCOMMS_HEADER_SIZE;
 }
 
 static inline void kucomms_side_unmap(struct kucomms_side *side,
