@@ -197,8 +197,9 @@ def coverage(as_json: bool) -> None:
 @main.command()
 @click.option("--runs", type=int, default=1_000_000, show_default=True, help="At most, for each.")
 @click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
 @click.option("--keep", is_flag=True, help="Store the inputs that find what the corpus does not.")
-def plants(runs: int, seed: int, keep: bool) -> None:
+def plants(runs: int, seed: int, as_json: bool, keep: bool) -> None:
     """Plant bugs, one after the other, and see that the fuzzer finds each."""
     missed = 0
     for plant in PLANTS:
@@ -208,15 +209,20 @@ def plants(runs: int, seed: int, keep: bool) -> None:
         program = build(plant, folder)
         corpus = harness.unpack(plant.target, folder / "corpus")
         result = harness.fuzz(program, corpus, 0, seed)
-        said = "found by the stored corpus"
+        how = "by the stored corpus"
         if not result.found:
             result = harness.fuzz(program, corpus, runs, seed)
-            said = f"found after {result.executed:,} runs" if result.found else "NOT FOUND"
+            how = f"within {result.executed:,} runs"
             if result.found and keep:
                 inputs = sorted((folder / "findings").iterdir())
                 harness.remember(plant.target, inputs[-1].read_bytes(), plant.name)
         missed += not result.found
-        click.echo(f"{plant.name:36} {plant.target:9} {said}")
+        if as_json:
+            record = {"plant": plant.name, "target": plant.target, "found": result.found}
+            click.echo(json.dumps(record | {"how": how}))
+        else:
+            said = "found" if result.found else "NOT FOUND"
+            click.echo(f"{plant.name:36} {plant.target:9} {said} {how}")
     sys.exit(bool(missed))
 
 
@@ -224,7 +230,8 @@ def plants(runs: int, seed: int, keep: bool) -> None:
 @click.option("--seconds", type=float, default=600, show_default=True)
 @click.option("--messages", type=int, default=200_000, show_default=True, help="Of each sender.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the first round.")
-def stress(seconds: float, messages: int, seed: int) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def stress(seconds: float, messages: int, seed: int, as_json: bool) -> None:
     """Run tests/csrc/stress.c under the thread sanitizer, again and again."""
     folder = ROOT / "build" / "csrc"
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,9 +253,17 @@ def stress(seconds: float, messages: int, seed: int) -> None:
                 click.echo(f"{done.stdout}{done.stderr}", err=True)
                 sys.exit(f"found with: {' '.join(map(os.fspath, command))}")
             rounds += 1
-    spent = time.monotonic() - started
-    sent = rounds * messages * 4
-    click.echo(f"{rounds} rounds, {sent:,} messages in {spent:.0f} s, nothing found")
+    # Two senders each way.
+    summary = {
+        "rounds": rounds,
+        "messages": rounds * messages * 4,
+        "seconds": round(time.monotonic() - started, 1),
+        "seed": seed,
+    }
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        click.echo("{rounds} rounds, {messages:,} messages in {seconds} s".format(**summary))
 
 
 main()
