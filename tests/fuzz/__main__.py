@@ -9,6 +9,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -102,6 +103,12 @@ class Campaign:
             if result.found and not stopped:
                 self.outputs.append(result.output)
 
+    def under_way(self) -> int:
+        """Executions of what runs now, as far as it has said."""
+        said = (log.read_text(errors="replace") for _, log in self.running.values())
+        counts = (re.findall(r"^#(\d+)", text, re.MULTILINE) for text in said)
+        return sum(int(count[-1]) for count in counts if count)
+
     def next_target(self) -> str:
         """The one of those not running that has been executed least."""
         idle = [target for target in harness.TARGETS if target not in self.running]
@@ -134,9 +141,10 @@ def run(runs: int, seconds: float | None, jobs: int, seed: int | None, as_json: 
             if len(campaign.running) < jobs and planned < runs:
                 campaign.start(campaign.next_target(), min(ROUND, runs - done))
                 continue
+            done += campaign.under_way()
             rate = done / (time.monotonic() - started)
             progress.update(bar, completed=done, state=f"{done:,} of {runs:,}, {rate:,.0f}/s")
-            time.sleep(0.2)
+            time.sleep(0.5)
             campaign.collect(stopped=False)
         campaign.collect(stopped=True)
     summary: dict[str, Any] = {
