@@ -545,7 +545,10 @@ kucomms_channel_peer_starves(const struct kucomms_channel *channel)
 	return kucomms_ring_producer_starves(&channel->rx);
 }
 
-/* Bytes, headers included, that wait to be read; 0 when that is nonsense. */
+/*
+ * Bytes, headers included, that wait to be read: those known of when what the
+ * peer says is nonsense.
+ */
 static inline uint64_t kucomms_channel_rx_avail(struct kucomms_channel *channel)
 {
 	kucomms_ring_refresh_available(&channel->rx);
