@@ -199,6 +199,7 @@ class Run:
             return
         process.kill()
         _join(process)
+        self.ledger.end(line.number, self.ledger.word(line.number, ledger.SESSION))
         self.kills[line.number] += 1
         self._start_peer(line)
 
@@ -240,6 +241,7 @@ class Run:
             "verified": word(ledger.PEER_CHECKED) + word(ledger.HUB_CHECKED),
             "sessions": word(ledger.SESSION),
             "judged": word(ledger.PEER_JUDGED) + word(ledger.HUB_JUDGED),
+            "judged_after_ms": round(word(ledger.LATEST) / 1e6, 1),
             "kills": self.kills[line.number],
             "wrong": word(ledger.PEER_WRONG) + word(ledger.HUB_WRONG),
         }
@@ -338,11 +340,13 @@ def _join(process, timeout=None):
 def lines_table(run):
     table = Table(title=f"{run.seconds:.0f} s, {run.verified():,} messages verified, "
                   f"{run.rate:,.0f}/s, {run.wrong} wrong, seed {run.seed}")
-    for column in ("line", "transport", "sends/receives", "verified", "sessions", "kills", "wrong"):
-        table.add_column(column, justify="left" if column[0] in "t" else "right")
+    for column in ("line", "transport", "ways"):
+        table.add_column(column)
+    for column in ("verified", "sessions", "kills", "wrong", "end judged after (ms)"):
+        table.add_column(column, justify="right")
     for line in run.all_lines:
         what = run.of(line)
-        numbers = (what[name] for name in ("verified", "sessions", "kills", "wrong"))
+        numbers = (what[name] for name in ("verified", "sessions", "kills", "wrong", "judged_after_ms"))
         table.add_row(
             str(line.number), line.transport, what["how"], *(f"{number:,}" for number in numbers)
         )

@@ -29,8 +29,8 @@
 
 enum { ENDS_PEER, ENDS_HUB, ENDS_KILL };
 enum { SESSION, ENDS, PEER_CHECKED, PEER_WRONG, PEER_JUDGED };
-enum { HUB_CHECKED = 8, HUB_WRONG, HUB_JUDGED, DEATHS };
-enum { ROW = 32, SENT = 16, OWNER = 20 };
+enum { HUB_CHECKED = 8, HUB_WRONG, HUB_JUDGED, DEATHS, LATEST };
+enum { ROW = 96, RECENT = 16, SENT = 16, OWNER = 32, ENDED = 64 };
 
 static const uint32_t *sizes;
 static const unsigned char *pattern;
@@ -99,7 +99,7 @@ static int send_session(struct kucomms_client *link, uint64_t session, uint64_t 
 {
 	uint64_t begin[2] = { session, row[ENDS] };
 	uint64_t key = session_key(session), number;
-	volatile uint64_t *sent = &row[SENT + session % 4];
+	volatile uint64_t *sent = &row[SENT + session % RECENT];
 	const unsigned char *data;
 	uint32_t size;
 	int err;
@@ -122,8 +122,9 @@ static uint64_t begin_session(uint64_t session, uint64_t seed, uint64_t mask)
 {
 	uint64_t drawn = mix(seed + line * 1000003 + session);
 
-	row[SENT + session % 4] = 0;
-	row[OWNER + session % 4] = session;
+	row[SENT + session % RECENT] = 0;
+	row[ENDED + session % RECENT] = 0;
+	row[OWNER + session % RECENT] = session;
 	row[ENDS] = drawn & 1 ? ENDS_KILL : ENDS_PEER;
 	row[SESSION] = session;
 	return drawn & 1 ? UINT64_MAX : drawn >> 32 & mask;
@@ -142,6 +143,7 @@ static int peer(const char *url, uint64_t seed)
 		if (!err)
 			err = send_session(&link, session, count);
 		kucomms_client_close(&link);
+		row[ENDED + session % RECENT] = (uint64_t)kucomms_now(CLOCK_MONOTONIC);
 		if (err) {
 			wrong(PEER_WRONG, "the peer: %s", strerror(-err));
 			return 1;
@@ -166,9 +168,13 @@ static int check(const struct kucomms_view *message, uint64_t key, uint64_t numb
 
 static void judge(uint64_t session, uint64_t ends, uint64_t received, int err, int closed)
 {
-	uint64_t sent = row[SENT + session % 4];
+	uint64_t sent = row[SENT + session % RECENT];
+	uint64_t ended = row[ENDED + session % RECENT];
+	uint64_t now = (uint64_t)kucomms_now(CLOCK_MONOTONIC);
 
-	if (row[OWNER + session % 4] != session)
+	if (ended && now - ended > row[LATEST] && now > ended)
+		row[LATEST] = now - ended;
+	if (row[OWNER + session % RECENT] != session)
 		wrong(HUB_WRONG, "session %llu was judged too late",
 		      (unsigned long long)session);
 	if (err != -EPIPE)
