@@ -10,7 +10,7 @@ a gap, and then the error that tells how the other end went.
 
 import asyncio
 import contextlib
-import ctypes
+import multiprocessing
 import os
 import random
 import signal
@@ -91,7 +91,6 @@ class Soak:
     """Faults to be made on purpose: ``corrupt``, ``memory``, ``descriptor``."""
     pause: float = 0.02
     """Seconds that a sender may rest after a burst."""
-    supervisor: int = 0
 
     def url(self, line):
         if line.transport == "kernel":
@@ -107,10 +106,15 @@ class Soak:
         return Path(self.directory, "errors")
 
 
-def begin_process(soak):
+def _begin_process():
     """Control-C is the supervisor's; its end is everybody's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def end_with_supervisor():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end_with_supervisor, daemon=True).start()
 
 
 class End:
@@ -400,7 +404,7 @@ async def peer(soak, line, content, ledger):
 
 def peer_process(soak, line):
     """What ``multiprocessing`` runs."""
-    begin_process(soak)
+    _begin_process()
     _run(peer(soak, line, Content(soak.seed), Ledger(soak.ledger)), line.number % 2)
 
 
@@ -421,6 +425,10 @@ async def hub_line(soak, line, content, ledger):
             await end.endpoint.listen(url, ring_size=RING_SIZE)
         connecting = asyncio.ensure_future(_connect_again(end, url)) if line.peer_listens else None
         await _until_all_stops(ledger)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TOO_LATE):
+                while end.flows:
+                    await asyncio.sleep(_LOOK)
         if connecting is not None:
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
@@ -478,5 +486,5 @@ async def _leak(what):
 
 def hub_process(soak, lines):
     """What ``multiprocessing`` runs."""
-    begin_process(soak)
+    _begin_process()
     uvloop.run(hub(soak, lines, Content(soak.seed), Ledger(soak.ledger)))

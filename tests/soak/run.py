@@ -46,7 +46,7 @@ def lines_of(transports, count):
         for number in range(count):
             add("inproc", ("thread", "loop")[number % 2], number == 2, 1)
     if "kernel" in transports:
-        for number in range(count):
+        for _ in range(count):
             add("kernel", "process", False, 2)
     return lines
 
@@ -119,7 +119,6 @@ class Run:
             Native(number, transport, self.soak, program)
             for number, transport in enumerate(in_c, len(self.lines) + 1)
         ]
-        self._started = {}
         self.peers = {}
         for line in self.all_lines:
             self.kills[line.number] = 0
@@ -140,7 +139,6 @@ class Run:
             process = _processes.Process(target=peer_process, args=(self.soak, line))
             process.start()
         self.peers[line] = process
-        self._started[line] = time.monotonic()
 
     def ready(self):
         """Whether something has come through every line; from then on it counts."""
