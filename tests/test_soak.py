@@ -3,24 +3,36 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = 120
+DEADLINE = 300
 
 
-def soak(directory, *arguments):
-    """Exit code and report."""
+def soak(directory, *arguments, interrupt=False):
+    """Exit code, report and output. ``interrupt``: control-C as soon as it runs."""
     report = directory / "report.json"
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "tests.soak", "--seed", "1", "--json", report, *arguments],
         cwd=ROOT, env=os.environ | {"TMPDIR": str(directory)},
-        capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )
-    assert report.exists(), done.stdout + done.stderr
-    return done.returncode, json.loads(report.read_text()), done.stdout + done.stderr
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:
+        output = ""
+        if interrupt:
+            while " verified, " not in output:
+                line = process.stdout.readline()
+                assert line, output
+                output += line
+            process.send_signal(signal.SIGINT)
+        try:
+            output += process.communicate(timeout=DEADLINE)[0]
+        finally:
+            process.kill()
+    assert report.exists(), output
+    return process.returncode, json.loads(report.read_text()), output
 
 
 def test_some_seconds_with_kills(tmp_path):
@@ -50,3 +62,11 @@ def test_one_wrong_byte_is_seen(tmp_path):
     assert code == 1
     assert report["wrong"] >= 1, output
     assert "message 1000: got number 1000" in report["errors"][0]
+
+
+def test_control_c_ends_it_in_order(tmp_path):
+    code, report, output = soak(tmp_path, "--minutes", "10", "--native", "0", interrupt=True)
+    assert code == 0, output
+    assert report["interrupted"]
+    assert all(line["verified"] for line in report["lines"])
+    assert "ok: " in output

@@ -123,7 +123,7 @@ def main(minutes, messages, transports, lines, native, seed, json_file, plot_fil
     try:
         _watch(run, console, length, messages or float("inf"), interrupted)
         run.stop()
-        report = run.report() | {"interrupted": bool(interrupted)}
+        report = run.report(bool(interrupted))
     finally:
         run.close()
     console.print(lines_table(run))

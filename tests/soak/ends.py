@@ -480,7 +480,7 @@ async def _leak(what):
         if "memory" in what:
             kept.append(bytearray(b"x") * (1 << 20))
         if "descriptor" in what:
-            kept.append(os.dup(1))
+            kept.extend(os.dup(1) for _ in range(5))
         await asyncio.sleep(0.05)
 
 

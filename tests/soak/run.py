@@ -22,7 +22,7 @@ TRANSPORTS = ("inproc", "shm", "kernel")
 KERNEL_MODULE = "kucomms_tutorial"
 SENDS = ("send", "send_many", "loan", "threadsafe")
 RECEIVES = ("handler", "receive", "borrow", "borrowing handler")
-PATIENCE = 180.0
+PATIENCE = 90.0
 SHOWN = 20
 
 _processes = multiprocessing.get_context("forkserver")
@@ -275,18 +275,19 @@ class Run:
             _join(process)
         shutil.rmtree(self.directory)
 
-    def report(self):
+    def report(self, interrupted):
         """Everything, for JSON."""
         verdicts = self.sampler.verdicts()
         silent = [line.number for line in self.all_lines if not self.of(line)["verified"]]
         problems = [*self.problems, *(f"nothing came through line {n}" for n in silent)]
-        if not verdicts:
+        if not verdicts and not interrupted:
             problems.append("too short to tell whether anything grows")
         problems += [
             f"not flat: {v.what}: {v.first:.0f}, {v.last:.0f}" for v in verdicts if not v.ok
         ]
         return {
             "ok": not problems and not self.wrong and not self.errors,
+            "interrupted": interrupted,
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
             "verified": {
