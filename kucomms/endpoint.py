@@ -78,6 +78,9 @@ _GLANCE = 8
 """Messages between two looks at the clock."""
 _HOLD = 0.0002
 """Seconds after which the runner gives way to the loop."""
+_TRACEBACK_EVERY = 1.0
+"""Seconds between two tracebacks of a handler in the log: a peer that can make it raise must
+not keep the loop busy with printing them, which can take a tenth of a second each."""
 _running_for: ContextVar[Endpoint | None] = ContextVar("kucomms_running_for", default=None)
 """The endpoint in whose handler this is; tasks that a handler makes inherit it."""
 _POLL_SLICE = 50_000
@@ -177,6 +180,7 @@ class Endpoint:
         self._work_calls = 0
         self._timer_calls = 0
         self._handler_errors = 0
+        self._tracebacks: dict[str, float] = {}  # handler: when its last one was logged
         self._time_in_handlers = 0.0
         self._links_opened = 0
         self._links_closed = 0
@@ -248,8 +252,8 @@ class Endpoint:
     def on_error(self, handler: F) -> F:
         """Register ``handler(exception, handler_name)`` for what other handlers raise.
 
-        Without one it is logged with structlog. Either way it is counted and the
-        endpoint goes on.
+        Without one it is logged with structlog, with a traceback each second at most.
+        Either way it is counted and the endpoint goes on.
         """
         return self._register("on_error", handler)
 
@@ -648,6 +652,7 @@ class Endpoint:
                         end_borrow(link, borrow, message, failed)
                     except BufferError as error:
                         await self._handler_failed(error, "on_message")
+                    failed = None  # its traceback leads back here, and to views of the message
                     self._in_handler = False
                     self._serving = None
                 countdown -= 1
@@ -738,10 +743,17 @@ class Endpoint:
                 elif self._runner.cancelling():
                     raise
             except Exception as second:
-                _log.error(
-                    "handler_failed", endpoint=self.name, handler="on_error", exc_info=second
-                )
+                self._log_failure(second, "on_error")
+        self._log_failure(error, kind)
+
+    def _log_failure(self, error: BaseException, kind: str) -> None:
+        """Log it, with a traceback unless there was one a moment ago."""
+        now = monotonic()
+        if now - self._tracebacks.get(kind, -math.inf) < _TRACEBACK_EVERY:
+            _log.error("handler_failed", endpoint=self.name, handler=kind, error=repr(error))
+            return
         _log.error("handler_failed", endpoint=self.name, handler=kind, exc_info=error)
+        self._tracebacks[kind] = monotonic()
 
     async def _handler_cancelled(self, error: asyncio.CancelledError, kind: str) -> None:
         """Tell whether we cancelled the handler, somebody the runner, or it is its own."""

@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 import structlog
 
 import kucomms
-from kucomms import Endpoint, KucommsError, PeerClosedError
+from kucomms import Endpoint, KucommsError, Message, PeerClosedError
 from tests.transports import raw_peer
 
 LOAN_BEFORE, LOAN_AFTER = 10, 20
@@ -104,13 +104,38 @@ async def flood(url, listens, path):
             count[:] = number(value)
 
 
-async def floods(url):
-    """Sends faster than anybody can handle, until it is killed."""
-    batch = [number(value) for value in range(1000)]
+async def floods(url, size=8):
+    """Sends faster than anybody can handle, until it is killed: numbers, 0 to 999 in turns."""
+    batch = [number(value).ljust(int(size), b"x") for value in range(1000)]
     async with kucomms.connect(url, timeout=10) as link:
         say("floods")
         while True:
             await link.send_many(batch)
+
+
+async def floods_with_replies(url):
+    """Answers what nobody has asked, until it is killed."""
+    async with kucomms.connect(url, timeout=10) as link:
+        say("floods")
+        while True:
+            for value in range(1000):
+                await link.reply(Message(b"", id=value), b"x" * 1000)
+
+
+async def many_links(url, count):
+    """Has so many links; each time it is told to, gets a reply on each of them."""
+    async with Endpoint("many") as endpoint:
+        links = [await endpoint.connect(url, timeout=30) for _ in range(int(count))]
+        say("linked")
+        while await told():
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(link.request(number(value), type=1, timeout=60))
+                    for value, link in enumerate(links)
+                ]
+            for value, task in enumerate(tasks):
+                assert task.result().data == number(value)
+            say("all replied")
 
 
 async def unfinished_loan(url, listens):
