@@ -86,9 +86,19 @@ _ffi: Any = _setup.ffi
 NAME_MAX: int = lib.KUCOMMS_NAME_MAX
 
 
+_REMEDIES = {
+    errno.EMFILE: "raise this process's limit of open files (ulimit -n)",
+    errno.ENFILE: "the whole system has too many files open (sysctl fs.file-max)",
+}
+
+
 def os_error(number: int, what: str) -> TransportError:
-    """The error for errno ``number``; ``what`` says to which URL, and what to do."""
-    return TransportError(number, f"{what}: {os.strerror(number)}")
+    """The error for errno ``number``; ``what`` says to which URL, and what to do.
+
+    What is always the same to do is added here.
+    """
+    remedy = f"; {_REMEDIES[number]}" if number in _REMEDIES else ""
+    return TransportError(number, f"{what}: {os.strerror(number)}{remedy}")
 
 
 def ring_size_for(asked: int) -> int:

@@ -20,7 +20,6 @@ from kucomms.exceptions import (
     BusyError,
     KucommsError,
     NotReadyError,
-    TransportError,
 )
 from kucomms.transports.base import (
     Address,
@@ -228,8 +227,8 @@ def _make_pair(
             half.close()
         if isinstance(error, KucommsError):
             raise
-        raise TransportError(
-            error.errno, f"{url}: no memory for two rings of {ring_size} bytes: {error.strerror}"
+        raise _core.os_error(
+            error.errno or 0, f"{url}: no memory for two rings of {ring_size} bytes"
         ) from error
     me = (os.getpid(), os.geteuid())
     ours = InprocConnection(

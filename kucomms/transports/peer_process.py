@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 
+from kucomms._core import os_error
 from kucomms.exceptions import TransportError
 
 __all__ = ["credentials", "listener_is_alive", "peer_pidfd"]
@@ -50,9 +51,7 @@ def peer_pidfd(sock: socket.socket, url: str) -> int:
 
 
 def _cannot_watch(url: str, error: OSError) -> TransportError:
-    return TransportError(
-        error.errno, f"{url}: cannot watch the process at the other side: {error.strerror}"
-    )
+    return os_error(error.errno or 0, f"{url}: cannot watch the process at the other side")
 
 
 def listener_is_alive(sock: socket.socket) -> bool:

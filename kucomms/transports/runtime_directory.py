@@ -20,6 +20,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from kucomms._core import os_error
 from kucomms.exceptions import AddressInUseError, TransportError
 from kucomms.transports.peer_process import listener_is_alive
 
@@ -50,9 +51,7 @@ def _open(url: str, path: str, uid: int, shared: bool) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise TransportError(
-            error.errno, f"{url}: cannot open the directory {path}: {error.strerror}"
-        ) from error
+        raise os_error(error.errno or 0, f"{url}: cannot open the directory {path}") from error
     about = os.fstat(fd)
     forbidden = stat.S_IWGRP | stat.S_IWOTH if shared else stat.S_IRWXG | stat.S_IRWXO
     if about.st_uid != uid or about.st_mode & forbidden:
@@ -77,9 +76,7 @@ def _make(url: str, path: str, shared: bool) -> int:
         except FileExistsError:
             continue
         except OSError as error:
-            raise TransportError(
-                error.errno, f"{url}: cannot make the directory {path}: {error.strerror}"
-            ) from error
+            raise os_error(error.errno or 0, f"{url}: cannot make the directory {path}") from error
 
 
 @contextmanager
@@ -156,9 +153,7 @@ def bind(url: str, name: str, shared: bool) -> BoundSocket:
             about = os.stat(name, dir_fd=fd, follow_symlinks=False)
         except OSError as error:
             sock.close()
-            raise TransportError(
-                error.errno, f"{url}: cannot listen in {path}: {error.strerror}"
-            ) from error
+            raise os_error(error.errno or 0, f"{url}: cannot listen in {path}") from error
         return BoundSocket(url, path, name, shared, sock, about)
 
 
@@ -166,7 +161,7 @@ def _new_socket(url: str) -> socket.socket:
     try:
         return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
-        raise TransportError(error.errno, f"{url}: no socket: {error.strerror}") from error
+        raise os_error(error.errno or 0, f"{url}: no socket") from error
 
 
 def _check_socket(url: str, path: str, directory: int, name: str, uid: int) -> bool:
@@ -222,9 +217,7 @@ def connect_socket(url: str, name: str, owner: int | None) -> socket.socket | No
             return None
         except OSError as error:
             sock.close()
-            raise TransportError(
-                error.errno, f"{url}: cannot connect to {path}/{name}: {error.strerror}"
-            ) from error
+            raise os_error(error.errno or 0, f"{url}: cannot connect to {path}/{name}") from error
         return sock
     finally:
         os.close(fd)

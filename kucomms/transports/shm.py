@@ -58,6 +58,7 @@ HANDSHAKES = 256
 
 _RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a listener
 _RECORD_SIZE = len(_core.record_bytes(_core.new_record()))
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _VANISHED = (errno.ECONNRESET, errno.EPIPE, errno.ESRCH)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
 # 0x10: F_SEAL_FUTURE_WRITE, linux/fcntl.h, not in Python 3.11's fcntl
@@ -271,11 +272,7 @@ async def _receive_record(
                 fds.extend(passed)
                 count += len(passed)
         if flags & socket.MSG_CTRUNC and count < _FDS:
-            raise TransportError(
-                errno.EMFILE,
-                f"{url}: no descriptor is left for the memory of the link; raise the limit of "
-                "open files (ulimit -n)",
-            )
+            raise _core.os_error(errno.EMFILE, f"{url}: no descriptor for the link's memory")
         if not part:
             raise _dropped(url, errno.ECONNRESET)
         data += part
@@ -362,8 +359,11 @@ def _new_memory(url: str, size: int, sealed: bool) -> int:
             os.close(fd)
             raise
     except OSError as error:
+        number = error.errno or 0
+        if number in _NO_DESCRIPTORS:
+            raise _core.os_error(number, f"{url}: no descriptor for the link's memory") from error
         raise TransportError(
-            error.errno,
+            number,
             f"{url}: no {size} bytes of shared memory: {error.strerror}; use a smaller "
             "ring_size or make room in /dev/shm",
         ) from error
@@ -419,6 +419,7 @@ class ShmListener(Listener):
         self._sockets: list[BoundSocket] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._watching = False
+        self._refusing = False  # it was logged that nobody can be accepted
         self._promised = 0  # links that are being set up
         self._pid = os.getpid()
         self._ended: asyncio.Future[None] = self._loop.create_future()
@@ -448,12 +449,18 @@ class ShmListener(Listener):
                 sock, _address = listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError:
+            except OSError as error:
                 # No descriptor or memory left. The peers wait in the system's queue;
                 # look again when something may have been given back.
+                if not self._refusing:
+                    self._refusing = True
+                    what = f"{self.url}: cannot accept more links, so they wait"
+                    reason = _core.os_error(error.errno or 0, what)
+                    _log.warning("cannot_accept", url=self.url, error=str(reason))
                 self._watch(False)
                 self._loop.call_later(0.1, self._look_again)
                 return
+            self._refusing = False
             sock.setblocking(False)
             task = self._loop.create_task(self._welcome(sock), name=f"kucomms {self.url}")
             self._handshakes.add(task)
@@ -528,7 +535,7 @@ class ShmListener(Listener):
                     _seal(fd)
             except OSError as error:
                 # For want of descriptors it is dropped, as when it could not be accepted.
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                if error.errno not in _NO_DESCRIPTORS:
                     self._refuse(sock, lib.KUCOMMS_REFUSED_MEMORY)
                 raise
             flags = 0 if own else lib.KUCOMMS_SEALED
@@ -556,7 +563,7 @@ class ShmListener(Listener):
         except OSError as error:
             if isinstance(error, KucommsError):
                 raise
-            raise TransportError(error.errno, f"{url}: {error.strerror}") from error
+            raise _core.os_error(error.errno or 0, f"{url}: cannot set up the link") from error
         finally:
             self._promised -= promised  # it is made now, in the same turn of the loop, or not
             _close_all(fds)
@@ -697,7 +704,7 @@ async def _attach(
     except OSError as error:
         if isinstance(error, KucommsError):
             raise
-        raise TransportError(error.errno, f"{url}: {error.strerror}") from error
+        raise _core.os_error(error.errno or 0, f"{url}: cannot set up the link") from error
     finally:
         _close_all(fds)
         if half is not None:
