@@ -52,7 +52,8 @@ _PASSED_ON = re.compile(r"(CI|LANG|LC_.*|TERM|COLUMNS|PYTEST_ADDOPTS|KUCOMMS_.*|
 # Everything reaches the serial console; an oops ends the guest; KASAN reports more than once.
 _BOOT_OPTIONS = (
     *("ignore_loglevel", "printk.devkmsg=on", "log_buf_len=4M"),
-    *("oops=panic", "kasan_multi_shot"),
+    # What the module forgets to clear has to show.
+    *("oops=panic", "kasan_multi_shot", "init_on_alloc=0"),
 )
 
 

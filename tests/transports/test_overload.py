@@ -527,7 +527,7 @@ async def test_no_memory_may_be_locked(url):
 async def test_no_address_space_or_file_size_for_the_rings(url, limit):
     """A ring that is too large for a limit is an error of this link only, for both."""
     # more than the interpreter needs, less than the large ring
-    prefix = ("prlimit", f"--{limit}={(1 << 30) if limit == 'as' else 16 * MIB}")
+    prefix = ("prlimit", f"--{limit}={512 * MIB if limit == 'as' else 16 * MIB}")
     with Process("echo", url, '{"max_ring_size": 4294967296}', prefix=prefix) as process:
         await process.says("ready")
         async with Endpoint("user") as endpoint:
