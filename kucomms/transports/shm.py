@@ -241,17 +241,19 @@ async def _receive_record(
     sock: socket.socket,
     pidfd: int,
     step: int,
-    fds: list[int],
+    fds: list[int] | None,
     ended: asyncio.Future[None] | None = None,
 ) -> Any:
     """The next record, and in ``fds`` the descriptors that came with it.
 
+    None when there must not be any: then none is ever taken. To close a stranger's file can
+    block for as long as he likes, if it is of a file system of his own.
     ``ended``: when it is done, only what has arrived already is taken.
     """
     data = b""
     last = False
     item = array.array("i")
-    space = socket.CMSG_SPACE(item.itemsize * _FDS)
+    space = 0 if fds is None else socket.CMSG_SPACE(item.itemsize * _FDS)
     while len(data) < _RECORD_SIZE:
         try:
             part, ancillary, flags, _address = sock.recvmsg(
@@ -264,9 +266,11 @@ async def _receive_record(
             continue
         except OSError as error:
             raise _dropped(url, error.errno) from error
+        if fds is None and flags & socket.MSG_CTRUNC:
+            raise ProtocolError(f"{url}: the other side passed files that nobody asked for")
         count = 0
         for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            if fds is not None and level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 passed = array.array("i")
                 passed.frombytes(payload[: len(payload) - len(payload) % item.itemsize])
                 fds.extend(passed)
@@ -513,12 +517,12 @@ class ShmListener(Listener):
             pidfd = peer_pidfd(sock, url)
             try:
                 wanted = await _receive_record(
-                    url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, fds, self._ended
+                    url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, None, self._ended
                 )
             except VersionError:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_VERSION)
                 raise
-            if fds or wanted.ring_size > 1 << 32:
+            if wanted.ring_size > 1 << 32:
                 raise ProtocolError(f"{url}: the other side sent nonsense as its greeting")
             if self._links() + self._promised >= self._options.max_links:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_BUSY)
@@ -585,14 +589,17 @@ class ShmListener(Listener):
         passed: list[int] = []
         try:
             await _receive_record(
-                self.url, sock, pidfd, lib.KUCOMMS_STEP_ATTACH, passed, self._ended
+                self.url,
+                sock,
+                pidfd,
+                lib.KUCOMMS_STEP_ATTACH,
+                None if own else passed,
+                self._ended,
             )
-            if not own:
-                theirs = _check_memory(self.url, passed, side, sealed=True)
-                return half.attach(theirs, 0)
-            if passed:
-                raise ProtocolError(f"{self.url}: the other side passed what was not asked for")
-            return half.attach(fd, side)
+            if own:
+                return half.attach(fd, side)
+            theirs = _check_memory(self.url, passed, side, sealed=True)
+            return half.attach(theirs, 0)
         finally:
             _close_all(passed)
 

@@ -11,6 +11,7 @@ import stat
 from contextlib import contextmanager
 
 import pytest
+import structlog
 
 import kucomms
 from kucomms import Endpoint, _core
@@ -126,6 +127,29 @@ async def test_records_say_nothing_that_is_not_meant(name):
                 os.close(int.from_bytes(ancillary[0][2][:4], "little"))
 
         await asyncio.to_thread(look)
+
+
+@pytest.mark.parametrize("step", ["hello", "attach"])
+async def test_files_that_nobody_asked_for_are_not_taken(name, step):
+    """Not even to be closed, which blocks if the peer's own file system does."""
+
+    def connect():
+        with raw_peer.connect(name) as sock, open("/dev/null") as file:
+            if step == "attach":
+                raw_peer.send(sock, record(raw_peer.HELLO, ring_size=RING))
+                _setup, (fd,) = raw_peer.receive(sock)
+                os.pwrite(fd, raw_peer.geometry(1, RING), side_size(RING))
+                os.close(fd)
+            what = raw_peer.HELLO if step == "hello" else raw_peer.ATTACH
+            raw_peer.send(sock, record(what), [file.fileno()])
+            assert raw_peer.is_closed(sock)
+
+    with structlog.testing.capture_logs() as logs:
+        async with Endpoint("listener") as endpoint:
+            await endpoint.listen(f"shm://{name}")
+            await asyncio.to_thread(connect)
+    assert [entry["event"] for entry in logs] == ["peer_refused"]
+    assert "files that nobody asked for" in logs[0]["error"]
 
 
 async def test_descriptors_are_not_inherited(name):
