@@ -81,13 +81,9 @@ def leave_stale_bytes():
 
 
 def pointers(data):
-    """Words that look like addresses of the kernel, at any byte."""
-    found = []
-    for match in re.finditer(rb"(?=(.{5}[\x80-\xff]\xff\xff))", data, re.DOTALL):
-        (word,) = struct.unpack("<Q", match[1])
-        if word < 2**64 - 4096:  # else an errno
-            found.append(hex(word))
-    return found
+    """Words that look like addresses of the kernel. (The last page of all is errnos.)"""
+    words = struct.unpack(f"<{len(data) // 8}Q", data)
+    return [hex(word) for word in words if 0xFFFF800000000000 <= word < 2**64 - 4096]
 
 
 def addresses(text):
@@ -193,7 +189,7 @@ def test_the_answer_to_a_wait():
 
 def test_what_a_pointer_looks_like():
     """The control of what follows."""
-    assert pointers(b"\0\0\0" + struct.pack("<Q", 0xFFFF888012345678) + b"\0")
+    assert pointers(struct.pack("<2Q", 1, 0xFFFF888012345678))
     assert pointers(struct.pack("<Q", 0xFFFFFFFFC0123456))
     assert not pointers(struct.pack("<qQ", -110, 0x7FFFFFFFF000) + b"\xff" * 8)
     assert addresses("at ffff888012345678, at 0xffffffffc0123456") != []
@@ -269,10 +265,11 @@ def test_debugfs_is_for_root():
 
 def test_no_pointers_are_printed(modules):
     """Neither by tracepoints nor elsewhere: the module has no format for one."""
-    (image,) = modules.rglob("kucomms.ko")
-    assert b"kucomms_send" in image.read_bytes()
-    assert b"%p" not in image.read_bytes()
-    assert b"%px" not in image.read_bytes()
+    images = list(modules.rglob("kucomms.ko"))
+    assert images
+    for image in images:
+        assert b"channel=%llu" in image.read_bytes()  # as tracepoints print
+        assert b"%p" not in image.read_bytes()
 
 
 def test_no_pointers_in_traces():
