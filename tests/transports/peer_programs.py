@@ -125,8 +125,11 @@ async def floods_with_replies(url):
 async def many_links(url, count):
     """Has so many links; each time it is told to, gets a reply on each of them."""
     async with Endpoint("many") as endpoint:
-        links = [await endpoint.connect(url, timeout=30) for _ in range(int(count))]
-        say("linked")
+        links = []
+        for number_of_links in range(1, int(count) + 1):
+            links.append(await endpoint.connect(url, timeout=30))
+            if number_of_links % 111 == 0:
+                say(f"linked {number_of_links}")
         while await told():
             async with asyncio.TaskGroup() as group:
                 tasks = [
