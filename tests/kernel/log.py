@@ -21,6 +21,8 @@ _FAULT = re.compile(
     r"|general protection fault|[Uu]nable to handle|unchecked MSR|divide error|invalid opcode"
     r"|segfault at|stack guard page|double fault|Bad page state|Bad rss-counter"
     r"|kernel memory leak|suspected memory leak|unreferenced object"
+    # A checker that has given up finds nothing any more.
+    r"|Kernel memory leak detector disabled|turning off the locking correctness validator"
     r"|refcount_t:|list_(?:add|del) corruption|usercopy: Kernel memory"
     r"|Slab cache still has objects|Objects remaining in|page allocation failure"
     # Lines that were lost may have held any of the above.
@@ -28,16 +30,64 @@ _FAULT = re.compile(
 )
 
 
+# What KCSAN says of one race: its first line, one near the end, and the end.
+_RACE = re.compile(r"BUG: KCSAN:")
+_REPORTED = "Reported by Kernel Concurrency Sanitizer"
+_RULE = re.compile(r"={40,}\s*$")
+_OURS = "kucomms"
+
+
+def _races(lines: list[str]) -> list[tuple[int, bool, bool]]:
+    """Return for each report of KCSAN: its first line, whether it is ours, whether it is whole.
+
+    It is ours if our module or one of its functions is in it. The rest of the kernel has races
+    of its own, and strict rules find many.
+    """
+    found = []
+    begin = None
+    for n, line in enumerate([*lines, "=" * 66]):
+        starts = n < len(lines) and bool(_RACE.search(line))
+        if begin is not None and (starts or _RULE.search(line)):
+            report = lines[begin:n]
+            whole = n < len(lines) and any(_REPORTED in x for x in report)
+            found.append((begin, any(_OURS in x for x in report), whole))
+            begin = None
+        if starts:
+            begin = n
+    return found
+
+
+def races_elsewhere(lines: list[str]) -> list[str]:
+    """Return the first lines of the reports of data races that have nothing of ours in them."""
+    return [lines[n] for n, ours, whole in _races(lines) if whole and not ours]
+
+
+def is_within_race(lines: list[str]) -> bool:
+    """Whether the last line belongs to a report of a data race that goes on."""
+    races = _races(lines)
+    return bool(races) and not any(_RULE.search(x) for x in lines[races[-1][0] :])
+
+
 def findings(lines: list[str]) -> list[str]:
-    """Return the lines that report a fault, in order."""
-    return [line for line in lines if _FAULT.search(line)]
+    """Return the lines that report a fault, in order.
+
+    But not ``races_elsewhere``. A report that is cut short, so that nobody knows, is ours.
+    """
+    elsewhere = {n for n, ours, whole in _races(lines) if whole and not ours}
+    return [line for n, line in enumerate(lines) if _FAULT.search(line) and n not in elsewhere]
 
 
-def findings_after_marker(log: str) -> list[str]:
-    """Return the faults of a whole console log: panics anywhere, the rest after ``MARKER``.
+def after_marker(log: str) -> tuple[list[str], list[str]]:
+    """Split a whole console log into the lines before ``MARKER`` and those from there on.
 
-    A log without the marker is the boot's alone, where only panics count.
+    A log without the marker is the boot's alone.
     """
     lines = log.replace("\r", "").split("\n")
     start = next((n for n, line in enumerate(lines) if MARKER in line), len(lines))
-    return [line for line in lines[:start] if _PANIC.search(line)] + findings(lines[start:])
+    return lines[:start], lines[start:]
+
+
+def findings_after_marker(log: str) -> list[str]:
+    """Return the faults of a whole console log: panics anywhere, the rest after ``MARKER``."""
+    before, after = after_marker(log)
+    return [line for line in before if _PANIC.search(line)] + findings(after)

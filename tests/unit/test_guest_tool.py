@@ -6,7 +6,13 @@ import os
 import click
 import pytest
 
-from tests.kernel.log import MARKER, findings, findings_after_marker
+from tests.kernel.log import (
+    MARKER,
+    findings,
+    findings_after_marker,
+    is_within_race,
+    races_elsewhere,
+)
 from tools import guest
 
 INSTALLED = [
@@ -76,6 +82,8 @@ FAULTS = [
     "python: page allocation failure: order:4, mode:0xcc0",
     "printk messages dropped: the log was overwritten before it was read",
     "** 12 printk messages dropped **",
+    "kmemleak: Kernel memory leak detector disabled",
+    "turning off the locking correctness validator.",
 ]
 
 ORDINARY = [
@@ -110,6 +118,79 @@ def test_findings_keep_their_order_and_number():
     assert findings(["Oops: 1", "fine", "WARNING: 2", "Oops: 1"]) == [
         "Oops: 1", "WARNING: 2", "Oops: 1",
     ]  # fmt: skip
+
+
+def race(first, second, *, stack=()):
+    return [
+        "=" * 66,
+        f"BUG: KCSAN: data-race in {first} / {second}",
+        "",
+        "write to 0xffff8880034a8040 of 8 bytes by task 90 on cpu 1:",
+        f" {first}+0x41/0x90",
+        *stack,
+        "",
+        "Reported by Kernel Concurrency Sanitizer on:",
+        "CPU: 0 UID: 0 PID: 91 Comm: python3 Tainted: G           O       6.12.94 #1",
+        "=" * 66,
+    ]
+
+
+OURS = [
+    race("kucomms_channel_events", "put"),
+    race("put", "kucomms_channel_events"),
+    race("memcpy", "memcpy", stack=[" fill+0x1/0x2 [kucomms]"]),
+    race("a", "b", stack=[" test_echo+0x1/0x2 [kucomms_test]"]),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "[   12.445515] "])
+@pytest.mark.parametrize("report", OURS)
+def test_a_race_of_ours_is_found(report, prefix):
+    report = [prefix + line for line in report]
+    assert findings(["x", *report, "y"]) == [report[1]]
+    assert races_elsewhere(report) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "[   12.445515] "])
+def test_races_elsewhere_are_counted_and_fail_nothing(prefix):
+    others = [prefix + line for line in [*race("p9_a", "b"), "", *race("c", "d")]]
+    assert findings(others) == []
+    assert races_elsewhere(others) == [others[1], others[11]]
+    between = [*others[:9], "kucomms: between two reports", *others[10:]]
+    assert findings(between) == []
+    assert races_elsewhere(between) == [others[1], others[11]]
+    both = [*others, *OURS[0], *others]
+    assert findings(both) == [OURS[0][1]]
+    assert len(races_elsewhere(both)) == 4
+
+
+def test_a_fault_amid_a_report_of_a_race_elsewhere_is_found():
+    report = race("p9_a", "b")
+    report.insert(4, "BUG: KASAN: slab-out-of-bounds in f")
+    assert findings(report) == ["BUG: KASAN: slab-out-of-bounds in f"]
+    assert len(races_elsewhere(report)) == 1
+
+
+@pytest.mark.parametrize("end", range(2, 8))
+def test_a_report_of_a_race_that_does_not_end_is_a_fault(end):
+    cut = race("p9_a", "b")[:end]
+    assert findings(cut) == [cut[1]]
+    assert races_elsewhere(cut) == []
+    assert is_within_race(cut)
+    # the next begins
+    assert (findings([*cut, *race("c", "d")]) == []) == (end > 6)
+
+
+def test_reports_of_races_that_have_ended():
+    assert not is_within_race([])
+    assert not is_within_race(["=" * 66])
+    assert not is_within_race(race("a", "b"))
+    assert not is_within_race([*race("a", "b"), "x"])
+
+
+def test_races_elsewhere_of_the_boot_do_not_count():
+    log = "\n".join([*race("a", "b"), MARKER, *race("c", "d")])
+    assert findings_after_marker(log) == []
 
 
 def test_only_a_panic_counts_before_the_marker():
