@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import collect_ignore
 from tests.kernel.log import findings
 
 
@@ -43,3 +44,9 @@ def test_the_kernel_log_is_read(kernel_log):
     assert "a line of a test" in kernel_log()
     assert kernel_log() == []
     assert findings(["a line of a test"]) == []
+
+
+def test_allocations_fail_where_leaks_are_looked_for():
+    """That is what tools/kasan.config promises; then tests/kernel/test_fault_injection.py runs."""
+    sanitized = Path("/sys/kernel/debug/kmemleak").exists()
+    assert ("kernel/test_fault_injection.py" in collect_ignore) == (not sanitized)
