@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* A channel: its memory, its rings, and sending. Receiving is in runner.c. */
 
-#include <linux/bitmap.h>
+#include <linux/bitops.h>
 #include <linux/hardirq.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -577,16 +577,18 @@ struct kucomms_message *kucomms_reserve(struct kucomms_channel *channel,
 {
 	struct kucomms_frame *frame;
 	struct kucomms_loan *loan = NULL;
-	unsigned long irq, slot;
+	unsigned long irq, out, slot;
 	int err = -ENOBUFS;
 
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	slot = find_first_zero_bit(channel->loans_out, KUCOMMS_LOAN_LIMIT);
-	if (slot < KUCOMMS_LOAN_LIMIT) {
+	/* pairs with clear_bit_unlock() in end_loan() */
+	out = smp_load_acquire(&channel->loans_out);
+	if (out != ~0UL) {
 		err = reserve(channel, length, &frame);
 		if (!err) {
+			slot = ffz(out);
 			/* Atomic: end_loan() clears without the lock. */
-			set_bit(slot, channel->loans_out);
+			set_bit(slot, &channel->loans_out);
 			loan = &channel->loans[slot];
 		}
 	}
@@ -609,7 +611,7 @@ static void end_loan(struct kucomms_channel *channel,
 		     struct kucomms_loan *loan)
 {
 	/* Who takes the slot next finds us done with it. */
-	clear_bit_unlock(loan - channel->loans, channel->loans_out);
+	clear_bit_unlock(loan - channel->loans, &channel->loans_out);
 	sent(channel, 0);
 }
 

@@ -47,7 +47,7 @@
 #define KUCOMMS_RING_DEFAULT	((u64)SZ_1M)
 #define KUCOMMS_RING_LIMIT	((u64)SZ_16M)
 #define KUCOMMS_RING_MAX	((u64)SZ_2G)
-#define KUCOMMS_LOAN_LIMIT	64
+#define KUCOMMS_LOAN_LIMIT	BITS_PER_LONG
 #define KUCOMMS_BUSY_POLL_LIMIT	(100 * NSEC_PER_MSEC)
 #define KUCOMMS_PUT_MAX		2048	/* bytes copied with interrupts off */
 #define KUCOMMS_BATCH		64	/* messages of a channel in a row, */
@@ -227,7 +227,7 @@ struct kucomms_channel {
 	u64 messages_sent;
 	u64 bytes_sent;
 	u64 full;
-	DECLARE_BITMAP(loans_out, KUCOMMS_LOAN_LIMIT);
+	unsigned long loans_out;
 	struct kucomms_loan loans[KUCOMMS_LOAN_LIMIT];
 
 	struct kucomms_ring_consumer rx;
