@@ -382,7 +382,8 @@ static int next_frame(struct kucomms_channel *channel, u32 length,
 	if (err == -EAGAIN) {
 		channel->full++;
 		/* Not forgotten when a smaller one fits meanwhile. */
-		channel->short_of = min(channel->short_of ?: span, span);
+		WRITE_ONCE(channel->short_of,
+			   min(channel->short_of ?: span, span));
 	}
 	return err;
 }
@@ -740,7 +741,7 @@ bool kucomms_channel_room(struct kucomms_channel *channel)
 		room = kucomms_ring_park_for_space(&channel->tx,
 						   channel->short_of);
 	if (room)
-		channel->short_of = 0;
+		WRITE_ONCE(channel->short_of, 0);
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
 	if (!room)
 		sent(channel, -EAGAIN);
@@ -757,7 +758,8 @@ bool kucomms_channel_room(struct kucomms_channel *channel)
  */
 u64 kucomms_tx_avail(struct kucomms_channel *channel)
 {
-	u64 waiting = READ_ONCE(channel->tx.position) -
+	/* From our page, and not tx.position, which the lock is for. */
+	u64 waiting = READ_ONCE(channel->tx.own->position) -
 		      READ_ONCE(channel->tx.peer->position);
 
 	/* The user may write any number there. */

@@ -573,7 +573,7 @@ static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
 			return -EAGAIN;
 		if (!(flags & (KUCOMMS_FLAG_BUSY | KUCOMMS_FLAG_DISCARD)))
 			break;
-		c->position += span;
+		WRITE_ONCE(c->position, c->position + span);
 	}
 	view->data = (const unsigned char *)(frame + 1);
 	view->length = (__u32)control;
@@ -605,7 +605,8 @@ kucomms_ring_has_front(const struct kucomms_ring_consumer *c)
 static inline void kucomms_ring_advance(struct kucomms_ring_consumer *c,
 					const struct kucomms_view *view)
 {
-	c->position += kucomms_frame_span(view->length);
+	/* In the kernel, others ask how much there is to read. */
+	WRITE_ONCE(c->position, c->position + kucomms_frame_span(view->length));
 }
 
 /* Keep the message at the front beyond kucomms_ring_release(), and go on. */
