@@ -32,8 +32,9 @@ static int alloc_pages_of(struct kucomms_channel *channel)
 {
 	unsigned long count = 2 * channel->side_pages, i;
 
+	/* The user is told of what is missing, the kernel log is not. */
 	channel->pages = kvcalloc(count, sizeof(*channel->pages),
-				  GFP_KERNEL_ACCOUNT);
+				  GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
 	if (!channel->pages)
 		return -ENOMEM;
 	for (i = 0; i < count; i++) {
@@ -58,7 +59,8 @@ static void *map_side(struct page **pages, unsigned long count, pgprot_t prot)
 	struct page **list;
 	void *at;
 
-	list = kvmalloc_array(count + data, sizeof(*list), GFP_KERNEL);
+	list = kvmalloc_array(count + data, sizeof(*list),
+			      GFP_KERNEL | __GFP_NOWARN);
 	if (!list)
 		return NULL;
 	memcpy(list, pages, count * sizeof(*list));
