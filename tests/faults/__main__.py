@@ -35,7 +35,7 @@ def main(step, language, most, seed, as_json):
         if (not step or row.step in step) and (not language or row.language in language)
     ]
     campaign = Campaign(most, secrets.randbits(32) if seed is None else seed)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 130)
     try:
         asyncio.run(_run(campaign, wanted, console))
     except KeyboardInterrupt:
@@ -47,9 +47,6 @@ def main(step, language, most, seed, as_json):
         click.echo(json.dumps(_as_json(campaign), indent=2))
     else:
         console.print(campaign.table(wanted))
-    for fault, error in campaign.failures:
-        console.print(f"[red]FAILED[/] {fault}", highlight=False)
-        console.print("".join(traceback.format_exception(error)), markup=False, highlight=False)
     missed = sum(campaign.missed.values())
     console.print(
         f"{sum(campaign.tried.values())} faults, {len(campaign.failures)} failures; {missed} "
@@ -74,8 +71,13 @@ async def _run(campaign, wanted, console):
                 progress.update(task, completed=next(steps))
             progress.update(task, description=f"{row}: {done} of {count}")
 
+        def failed(fault, error):
+            console.print(f"[red]FAILED[/] {fault}", highlight=False)
+            text = "".join(traceback.format_exception(error))
+            console.print(text, markup=False, highlight=False)
+
         async with Injector() as injector:
-            await campaign.run(injector, wanted, show)
+            await campaign.run(injector, wanted, show, failed)
         progress.update(task, completed=len(wanted), description="done")
 
 

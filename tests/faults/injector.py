@@ -12,6 +12,7 @@ import asyncio
 import errno
 import itertools
 import os
+import shutil
 import signal
 import tempfile
 from contextlib import AsyncExitStack, suppress
@@ -161,8 +162,8 @@ class Injector:
             async with asyncio.timeout(PATIENCE):
                 while descriptors() != before:
                     await asyncio.sleep(0)
-            assert objects_in_shm(os.getpid(), victim.pid) == []
-            assert os.listdir(self._runtime) == []
+            left = [*objects_in_shm(os.getpid(), victim.pid), *os.listdir(self._runtime)]
+            assert left == [], left
         except TimeoutError as error:
             after = descriptors()
             raise AssertionError(
@@ -174,6 +175,10 @@ class Injector:
             raise
         finally:
             await victim.clean_up()
+            for left in self._runtime.iterdir():  # by one that has failed
+                shutil.rmtree(left)
+            for left in objects_in_shm(victim.pid):
+                os.unlink(f"/dev/shm/{left}")
 
 
 def _restore(runtime):
@@ -252,7 +257,7 @@ class Case:
             else:
                 connecting = asyncio.create_task(self._connect(survivor))
                 stack.callback(connecting.cancel)
-            talking = asyncio.create_task(self._talk())
+            talking = asyncio.create_task(self._talk(survivor))
             stack.callback(talking.cancel)
             self._victims.go()
             if row.step in ("close", "unlisten"):
@@ -290,7 +295,7 @@ class Case:
                 assert self.fails_with, error
                 assert not isinstance(error, PeerClosedError)
 
-    async def _talk(self):
+    async def _talk(self, survivor):
         """Send some, then receive until the link ends: all that came, and the error."""
         while True:
             self._link = link = await self._links.get()
@@ -308,6 +313,8 @@ class Case:
             if received or not self.fails_with:
                 return received, error
             self._linked.clear()  # its first attempt has failed late
+            if self._row.role == "listener":
+                await self._connect(survivor)
 
     def _send_nowait(self):
         with suppress(PeerClosedError):
@@ -352,14 +359,21 @@ class Case:
         else:
             self._attached = False
             await self._tracer.let_go(self.pid)
-        await asyncio.gather(*waiting)
-        if self._row.step not in ("close", "unlisten"):
-            await self._end()
-        said, status = await self._victims.ended()
-        self._ended = True
+        ended = asyncio.create_task(self._victims.ended())
+        ending = asyncio.create_task(self._ends_talk(waiting))
+        try:
+            await asyncio.wait({ended, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                await ending
+            said, status = await ended
+        finally:
+            ending.cancel()
+            self._ended = ended.done()
+            ended.cancel()
         assert status == 0, (said, status)
+        await ending
         leaked = said.pop()
-        assert leaked == "leaked 0", leaked
+        assert leaked == "leaked 0", (leaked, said)
         if self.fails_with and said:
             step, name, number = said.pop().removeprefix("error ").split()
             assert step == self._row.step
@@ -369,6 +383,11 @@ class Case:
         received = await self._ends(talking, (*WHOLE, b""), orderly=True)
         assert received[-1].type == COUNT
         assert received[-1].user_value == self._sent
+
+    async def _ends_talk(self, waiting):
+        await asyncio.gather(*waiting)
+        if self._row.step not in ("close", "unlisten"):
+            await self._end()
 
     async def _press(self, survivor):
         """While it is stopped: sends that wait, or somebody else's link."""

@@ -18,6 +18,7 @@ import structlog
 import uvloop
 
 from kucomms import Endpoint, KucommsError, Message
+from tests.transports.processes import descriptors
 
 __all__ = ["AFTER", "BEFORE", "COUNT", "DATA", "END", "LENGTH", "RING_SIZE", "STEPS", "content"]
 
@@ -131,11 +132,8 @@ async def work(role, url, steps):
             await steps.do_async("unlisten", listener.aclose)
 
 
-def descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
 def victim(role, url, step, loop_factory):
+    loop_factory().close()  # libuv opens a pipe for the whole process
     before = descriptors()
     # Not SIG_IGN, which the kernel undoes when a step is trapped.
     signal.signal(signal.SIGTRAP, lambda *_: None)
@@ -145,7 +143,8 @@ def victim(role, url, step, loop_factory):
         return
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(work(role, url, Steps(step)))
-    say(f"leaked {descriptors() - before}")
+    leaked = [what for fd, what in descriptors().items() if before.get(fd) != what]
+    say(" ".join(["leaked", str(len(leaked)), *leaked]))
 
 
 def line():
