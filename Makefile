@@ -10,7 +10,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan
 
-.PHONY: help setup demo bench bench-user test test-kernel test-kernel-6.1 test-kernel-6.12 test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress
+.PHONY: help setup demo bench bench-user test test-kernel test-kernel-6.1 test-kernel-6.12 test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -30,6 +30,7 @@ help:
 	@echo "make fuzz-coverage"
 	@echo "                 what of the ring and the channel the fuzzer's stored inputs reach"
 	@echo "make stress      the ring between threads for ten minutes, under the thread sanitizer"
+	@echo "make faults      kill, stop and make fail one side at each point of each step; ARGS=--help"
 	@echo "make lint        ruff and mypy"
 	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code"
 	@echo "make setup       only the virtual environment, with kucomms built in place"
@@ -116,6 +117,8 @@ fuzz-coverage: setup
 
 stress: setup
 	$(BIN)/python -m tests.fuzz stress $(ARGS)
+faults: setup
+	$(BIN)/python -m tests.faults $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(filter-out build/sanitized,$(wildcard build/*)) dist *.egg-info kucomms/_core/*.so kucomms/_core/_setup.c

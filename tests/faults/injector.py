@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: ASYNC110
+# ruff: noqa: ASYNC110, PT017
 """One fault at one point of one step, and all that has to hold after it.
 
 A victim goes through the steps of a link's life (``victim.py``); somewhere in one of them
@@ -63,7 +63,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """``kind``: kill, stop, or the name of an errno. ``point``: a call, or instructions."""
+    """``kind``: kill, stop, or the name of an errno. ``point``: a call, or instructions.
+
+    ``nothing``: the call says that it has succeeded, but was never made.
+    """
 
     row: Row
     kind: str
@@ -143,6 +146,8 @@ class Injector:
                 await victim.kill()
             elif fault.kind == "stop":
                 await victim.stop()
+            elif fault.kind == "nothing":
+                await self.tracer.answer(victim.pid, 0)
             else:
                 victim.fails_with = getattr(errno, fault.kind)
                 await self.tracer.answer(victim.pid, -victim.fails_with)
@@ -260,9 +265,6 @@ class Case:
             talking = asyncio.create_task(self._talk(survivor))
             stack.callback(talking.cancel)
             self._victims.go()
-            if row.step in ("close", "unlisten"):
-                ending = asyncio.create_task(self._end())
-                stack.callback(ending.cancel)
             place = await self._tracer.to_mark(self.pid)
             assert place == AT_MARK, "it died before the step"
             if row.step == "unlisten":
@@ -279,6 +281,7 @@ class Case:
                 await self._is_dead(talking)
             else:
                 await self._goes_on(survivor, talking)
+                self._has_cleaned_up()
             await self._name_works(survivor, connecting)
             if self._killed and self._link is not None and not row.linked:
                 await self._ends(talking, (), orderly=False)
@@ -302,6 +305,9 @@ class Case:
             self._sent = 0
             for _ in range(SENT):
                 self._send_nowait()
+            if not self._row.linked or self._row.step in ("close", "unlisten"):
+                with suppress(PeerClosedError):
+                    link.send_nowait(b"", type=END)
             self._linked.set()
             self._received = received = []
             error = None
@@ -320,10 +326,6 @@ class Case:
         with suppress(PeerClosedError):
             self._link.send_nowait(content(self._sent), type=DATA, id=self._sent)
             self._sent += 1
-
-    async def _end(self):
-        await self._linked.wait()
-        await self._link.send(b"", type=END)
 
     async def _is_dead(self, talking):
         said, status = await self._victims.ended()
@@ -368,7 +370,7 @@ class Case:
             said, status = await ended
         finally:
             ending.cancel()
-            self._ended = ended.done()
+            self._ended = ended.done() and not ended.cancelled()
             ended.cancel()
         assert status == 0, (said, status)
         await ending
@@ -386,8 +388,9 @@ class Case:
 
     async def _ends_talk(self, waiting):
         await asyncio.gather(*waiting)
-        if self._row.step not in ("close", "unlisten"):
-            await self._end()
+        if self._row.linked and self._row.step not in ("close", "unlisten"):
+            await self._linked.wait()
+            await self._link.send(b"", type=END)
 
     async def _press(self, survivor):
         """While it is stopped: sends that wait, or somebody else's link."""
@@ -413,6 +416,13 @@ class Case:
         assert not link.closed
         assert link not in self._closed
         return waiting
+
+    def _has_cleaned_up(self):
+        """One that was not killed leaves nothing, not even for the next to sweep."""
+        left = objects_in_shm(self.pid)
+        if self._row.role == "listener":
+            left += list(Path(os.environ["XDG_RUNTIME_DIR"]).rglob("*"))
+        assert left == [], f"left behind: {left}"
 
     # ---- after it --------------------------------------------------------------
 

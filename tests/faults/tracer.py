@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: ASYNC110
 """Processes that are stopped at an exact point: ``inject.c`` from Python, and its victims."""
 
 import asyncio
 import ctypes
-import errno
 import os
 import re
 import signal
@@ -14,10 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kucomms
-from tests.faults.victim import BEFORE, RING_SIZE, content
+from tests.faults.victim import RING_SIZE
 from tests.transports import raw_peer
 
-__all__ = ["AT_END", "AT_MARK", "AT_POINT", "Call", "Seen", "Tracer", "Victims", "build", "seen"]
+__all__ = [
+    "AT_END",
+    "AT_MARK",
+    "AT_POINT",
+    "Call",
+    "Seen",
+    "Tracer",
+    "Victims",
+    "build",
+    "mapping_of",
+    "seen",
+]
 
 AT_END, AT_MARK, AT_POINT = range(3)
 _HERE = Path(__file__).parent
@@ -33,7 +44,8 @@ def build(directory):
     subprocess.run([*flags, "-shared", "-fPIC", _HERE / "inject.c", "-o", library], check=True)
     include = f"-I{kucomms.get_include()}"
     # Bound at once: no step of the victim goes through the dynamic linker.
-    subprocess.run([*flags, "-pthread", "-Wl,-z,now", include, _HERE / "victim.c", "-o", victim], check=True)
+    flags += ["-pthread", "-Wl,-z,now", include]
+    subprocess.run([*flags, _HERE / "victim.c", "-o", victim], check=True)
     return library, victim
 
 
@@ -45,6 +57,10 @@ def _call_names():
         text=True,
     ).stdout
     return {int(number): name for name, number in re.findall(r"#define __NR_(\w+) (\d+)", text)}
+
+
+def _state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 class _RawCall(ctypes.Structure):
@@ -148,7 +164,7 @@ class Tracer:
         """SIGSTOP it for real, and leave it alone."""
         os.kill(pid, signal.SIGSTOP)
         await self.let_go(pid)
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        while _state_of(pid) != "T":
             await asyncio.sleep(0)
 
     async def let_go(self, pid):
