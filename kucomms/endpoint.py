@@ -466,8 +466,14 @@ class Endpoint:
     def _add_link(self, connection: Connection) -> Link:
         link = Link(self, connection)
         self._links[link] = None
+        try:
+            link._start()
+        except BaseException:  # nobody has seen it: as if it had never been
+            del self._links[link]
+            connection.close()
+            connection.channel.unmap()
+            raise
         self._links_opened += 1
-        link._start()
         self._unopened[link] = None
         self._events.append(("on_link_open", link, None))
         self._wake()

@@ -98,10 +98,15 @@ class ShmConnection(Connection):
         self._gone = gone
         self._loop = asyncio.get_running_loop()
         self.channel.attach(self.ring if self._bells is None else self._bells[1])
-        self._loop.add_reader(self._sock.fileno(), self._readable)
-        self._loop.add_reader(self._pidfd, self._died)
-        if self._bells is not None:
-            self._loop.add_reader(self._bells[0], self._rung)
+        try:
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+            self._loop.add_reader(self._pidfd, self._died)
+            if self._bells is not None:
+                self._loop.add_reader(self._bells[0], self._rung)
+        except OSError as error:
+            raise TransportError(
+                error.errno, f"{self.url}: cannot watch the link: {error.strerror}"
+            ) from error
 
     def ring(self) -> None:
         sock = self._sock
@@ -222,11 +227,11 @@ async def _wait_readable(
         last = True
         readable()
 
-    loop.add_reader(sock.fileno(), readable)
-    loop.add_reader(pidfd, over)
-    if ended is not None:
-        ended.add_done_callback(over)
     try:
+        loop.add_reader(sock.fileno(), readable)
+        loop.add_reader(pidfd, over)
+        if ended is not None:
+            ended.add_done_callback(over)
         await ready
     finally:
         loop.remove_reader(sock.fileno())
@@ -432,10 +437,14 @@ class ShmListener(Listener):
             self._sockets.append(bind(address.url, address.name, shared=False))
             if options.allow:
                 self._sockets.append(bind(address.url, address.name, shared=True))
-        except BaseException:
+            self._watch(True)
+        except BaseException as error:
             self._close_sockets()
+            if isinstance(error, OSError) and not isinstance(error, KucommsError):
+                raise TransportError(
+                    error.errno, f"{self.url}: cannot listen: {error.strerror}"
+                ) from error
             raise
-        self._watch(True)
 
     def _watch(self, on: bool) -> None:
         if on == self._watching:
@@ -472,15 +481,20 @@ class ShmListener(Listener):
         self._watch(False)
 
     def _look_again(self) -> None:
-        if self._sockets:
+        if not self._sockets:
+            return
+        try:
             self._watch(True)
+        except OSError:  # still none left
+            self._watch(False)
+            self._loop.call_later(0.1, self._look_again)
 
     def _welcomed(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
         self._handshakes.discard(task)
         if task.cancelled():
             sock.close()  # the task may not even have begun
-        if self._sockets and len(self._handshakes) < HANDSHAKES:
-            self._watch(True)
+        if len(self._handshakes) < HANDSHAKES:
+            self._look_again()
         if not task.cancelled() and task.exception() is not None:
             self._loop.call_exception_handler(
                 {"message": f"{self.url}: rendezvous failed", "exception": task.exception()}
@@ -491,6 +505,7 @@ class ShmListener(Listener):
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 connection = await self._rendezvous(sock)
+            self._accept(connection)
         except (KucommsError, TimeoutError) as error:
             sock.close()
             # One who only looked whether somebody is there, or died, was not refused.
@@ -499,8 +514,6 @@ class ShmListener(Listener):
         except BaseException:
             sock.close()
             raise
-        else:
-            self._accept(connection)
 
     async def _rendezvous(self, sock: socket.socket) -> ShmConnection:
         url = self.url
