@@ -117,6 +117,7 @@ fuzz-coverage: setup
 
 stress: setup
 	$(BIN)/python -m tests.fuzz stress $(ARGS)
+
 faults: setup
 	$(BIN)/python -m tests.faults $(ARGS)
 

@@ -48,11 +48,15 @@ def _open(url: str, path: str, uid: int, shared: bool) -> int:
     access = os.O_RDONLY if uid == os.geteuid() else os.O_PATH
     try:
         fd = os.open(path, access | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            about = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
     except FileNotFoundError:
         raise
     except OSError as error:
         raise os_error(error.errno or 0, f"{url}: cannot open the directory {path}") from error
-    about = os.fstat(fd)
     forbidden = stat.S_IWGRP | stat.S_IWOTH if shared else stat.S_IRWXG | stat.S_IRWXO
     if about.st_uid != uid or about.st_mode & forbidden:
         os.close(fd)
@@ -119,9 +123,11 @@ class BoundSocket:
         self._name = name
         self._shared = shared
         self._about = about
+        self._spare = os.dup(sock.fileno())
 
     def close(self) -> None:
         """Give the name up, unless somebody else has it by now; remove what is empty."""
+        os.close(self._spare)  # so that there is one for the directory, if for nothing else
         with suppress(OSError, TransportError), _locked(self._url, self._path, self._shared) as fd:
             with suppress(FileNotFoundError):
                 there = os.stat(self._name, dir_fd=fd, follow_symlinks=False)
@@ -145,16 +151,21 @@ def bind(url: str, name: str, shared: bool) -> BoundSocket:
                 f"{url}: another process listens there already; stop it, or use another name"
             )
         sock = _new_socket(url)
+        bound = False
         try:
             sock.bind(address)
+            bound = True
             if shared:
                 os.chmod(name, 0o666, dir_fd=fd)  # noqa: S103 - the peer's uid is checked
             sock.listen(_BACKLOG)
             about = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            return BoundSocket(url, path, name, shared, sock, about)
         except OSError as error:
+            if bound:
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=fd)
             sock.close()
             raise os_error(error.errno or 0, f"{url}: cannot listen in {path}") from error
-        return BoundSocket(url, path, name, shared, sock, about)
 
 
 def _new_socket(url: str) -> socket.socket:

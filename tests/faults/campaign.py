@@ -57,6 +57,8 @@ def _may_give(row, call, name):
         return False  # libuv calls abort()
     if call.name not in ERRNOS[name]:
         return False
+    if row.step == "unlisten" and name != "EINTR":
+        return False  # the name is left to the next listen; a descriptor is kept for it
     if call.name == "mmap":  # of the process's own memory is the interpreter's business
         return call.shared_memory
     return name != "ENOSPC" or call.name != "openat" or call.creates

@@ -336,6 +336,7 @@ class Case:
 
     async def _ends(self, talking, messages, orderly):
         """The survivor gets these messages and nothing more, then the right error."""
+        assert tuple(messages) == (*WHOLE, b"")[: len(messages)]
         received, error = await talking
         link = self._link
         assert [message.data for message in received] == list(messages)

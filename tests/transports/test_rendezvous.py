@@ -15,6 +15,7 @@ import pytest
 import structlog.testing
 
 import kucomms
+import kucomms.transports.shm  # for the tests without descriptors, which could not open it
 from kucomms import (
     AddressError,
     AddressInUseError,
@@ -544,6 +545,15 @@ async def test_no_descriptors_to_listen(url, runtime_dir):
             count += 1
         assert 0 < count < 10
         await listener.aclose()
+        assert os.listdir(runtime_dir) == []
+
+
+async def test_no_descriptors_to_stop_listening(url, runtime_dir):
+    """What the closing of the name needs has been kept."""
+    async with Endpoint("poor") as endpoint:
+        listener = await endpoint.listen(url)
+        with descriptors_left(0):
+            await listener.aclose()
         assert os.listdir(runtime_dir) == []
 
 
