@@ -98,6 +98,7 @@
  * @epoll: both, for kucomms_client_fd(); -1 until asked for
  * @error: what every further call returns, or 0
  * @gone: the peer is; what it committed before may still be received
+ * @unrung: a doorbell found no memory, and is rung again with the next call
  * @looked: when we last looked whether it is, nanoseconds
  * @peer_pid: the peer's process id, as it was when the link was made
  * @peer_uid: the peer's user, the same as ours
@@ -109,6 +110,7 @@ struct kucomms_client {
 	int epoll;
 	int error;
 	int gone;
+	int unrung;
 	int64_t looked;
 	pid_t peer_pid;
 	uid_t peer_uid;
@@ -1036,6 +1038,10 @@ static inline void kucomms_client_lost(struct kucomms_client *client)
 	client->channel.rx.final = 1;
 }
 
+/*
+ * That a bell finds no memory is no error of what it was rung for: a message
+ * that was put is sent. Return: 0 or -EPIPE.
+ */
 static inline int kucomms_client_ring(struct kucomms_client *client)
 {
 	const unsigned char bell = KUCOMMS_DOORBELL;
@@ -1046,10 +1052,9 @@ static inline int kucomms_client_ring(struct kucomms_client *client)
 			    MSG_DONTWAIT | MSG_NOSIGNAL);
 	} while (sent < 0 && errno == EINTR);
 	/* A full buffer is full of bells: it has been rung. */
-	if (sent >= 0 || errno == EAGAIN)
+	client->unrung = sent < 0 && errno != EAGAIN;
+	if (!client->unrung || (errno != EPIPE && errno != ECONNRESET))
 		return 0;
-	if (errno != EPIPE && errno != ECONNRESET)
-		return -errno;
 	kucomms_client_lost(client);
 	return -EPIPE;
 }
@@ -1124,6 +1129,8 @@ static inline int kucomms_client_check(struct kucomms_client *client)
 {
 	if (client->gone)
 		return 0;
+	if (client->unrung && kucomms_client_ring(client))
+		return 0;
 	if (kucomms_ring_peer_state(&client->channel.rx) !=
 	    KUCOMMS_STATE_OPEN) {
 		kucomms_client_lost(client);
@@ -1145,6 +1152,8 @@ static inline int kucomms_client_park(struct kucomms_client *client,
 	struct kucomms_channel *channel = &client->channel;
 	int err;
 
+	if (client->unrung)
+		kucomms_client_ring(client);
 	if (receive && kucomms_channel_park_rx(channel))
 		return 1;
 	if (length >= 0) {
