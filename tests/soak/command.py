@@ -85,7 +85,7 @@ def load_modules():
     """
 )
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="How long.  [default: 10]")
-@click.option("--messages", type=float, help="End when so many are verified, instead.")
+@click.option("--messages", type=float, help="End when so many are verified over one of the transports.")
 @click.option("--transports", default="inproc,shm", show_default=True, metavar="LIST",
               help="Of inproc, shm, kernel; the last only in a guest.")
 @click.option("--lines", type=click.IntRange(0), default=4, show_default=True,
@@ -151,7 +151,7 @@ def _watch(run, console, length, messages, interrupted):
     every = max(0.1, min(2.0, length / 100))
     next_sample = next_line = 0.0
     with Live(console=console, auto_refresh=False) if console.is_terminal else _Quiet() as live:
-        while run.seconds < length and run.verified() < messages and not interrupted:
+        while run.seconds < length and run.most() < messages and not interrupted:
             run.step()
             if run.seconds >= next_sample:
                 run.sample()

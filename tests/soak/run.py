@@ -241,6 +241,10 @@ class Run:
             if transport in (None, line.transport)
         )
 
+    def most(self):
+        """Messages so far of the transport that has most of them."""
+        return max(self.verified(line.transport) for line in self.all_lines)
+
     # ---- the end ------------------------------------------------------------------
 
     def stop(self):
