@@ -85,7 +85,7 @@ def load_modules():
     """
 )
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="How long.  [default: 10]")
-@click.option("--messages", type=float, help="End when so many are verified over one of the transports.")
+@click.option("--messages", type=float, help="End when so many are verified over one transport.")
 @click.option("--transports", default="inproc,shm", show_default=True, metavar="LIST",
               help="Of inproc, shm, kernel; the last only in a guest.")
 @click.option("--lines", type=click.IntRange(0), default=4, show_default=True,
