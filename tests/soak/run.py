@@ -112,6 +112,7 @@ class Run:
         self._kill_every = kill_every
         self._next_kill = 0.0
         self._rates = []
+        self._moved = {}
         Content(seed).write(Path(self.directory, "content"))
         self.hub = _processes.Process(target=hub_process, args=(self.soak, self.lines))
         self.hub.start()
@@ -162,6 +163,13 @@ class Run:
             self._kill_one()
         self.seconds = now - self.begin
         self._check()
+        for line in self.all_lines:
+            moved = self.of(line)["verified"]
+            before, since = self._moved.get(line, (None, now))
+            if moved != before:
+                self._moved[line] = (moved, now)
+            elif now - since > PATIENCE:
+                self.problems.append(f"line {line.number} has stood still for {PATIENCE:g} s")
 
     def _check(self):
         for name, process in self._lasting().items():
