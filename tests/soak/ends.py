@@ -416,8 +416,11 @@ def _run(main, plain):
 # ---- the hub ------------------------------------------------------------------------
 
 
-async def hub_line(soak, line, content, ledger):
-    """The hub's end of a line."""
+async def hub_line(soak, line, content, ledger, own_peers):
+    """The hub's end of a line, until all peers have ended, those in this process too."""
+    if line.transport == "kernel":
+        await _until_all_stops(ledger)
+        return
     end = End(soak, line, content, ledger, hub=True)
     url = soak.url(line)
     async with end.endpoint:
@@ -425,6 +428,7 @@ async def hub_line(soak, line, content, ledger):
             await end.endpoint.listen(url, ring_size=RING_SIZE)
         connecting = asyncio.ensure_future(_connect_again(end, url)) if line.peer_listens else None
         await _until_all_stops(ledger)
+        await asyncio.wait([own_peers])
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TOO_LATE):
                 while end.flows:
@@ -434,7 +438,6 @@ async def hub_line(soak, line, content, ledger):
             await asyncio.gather(connecting, return_exceptions=True)
         for flow in list(end.flows.values()):
             end.wrong(f"session {flow.session} was still open when all peers had ended")
-    return end
 
 
 async def _until_all_stops(ledger):
@@ -456,9 +459,12 @@ async def _connect_again(end, url):
 
 async def hub(soak, lines, content, ledger):
     """All lines of the hub, and the peers that run in it."""
-    tasks = [_until_all_stops(ledger)]
-    tasks += [hub_line(soak, line, content, ledger) for line in lines if line.transport != "kernel"]
-    tasks += [peer(soak, line, content, ledger) for line in lines if line.where == "loop"]
+
+    async def peers():
+        here = [peer(soak, line, content, ledger) for line in lines if line.where == "loop"]
+        ends = [asyncio.to_thread(thread.join) for thread in threads]
+        await asyncio.gather(*here, *ends)
+
     threads = [
         threading.Thread(target=_run, args=(peer(soak, line, content, ledger), line.number % 2))
         for line in lines
@@ -467,10 +473,10 @@ async def hub(soak, lines, content, ledger):
     for thread in threads:
         thread.start()
     leak = asyncio.ensure_future(_leak(soak.plant))
-    await asyncio.gather(*tasks)
+    own = asyncio.ensure_future(peers())
+    ends = [hub_line(soak, line, content, ledger, own) for line in lines]
+    await asyncio.gather(own, *ends)
     leak.cancel()
-    for thread in threads:
-        thread.join()
 
 
 async def _leak(what):

@@ -133,6 +133,8 @@ class Run:
         return [*self.lines, *(native.line for native in self.natives)]
 
     def _start_peer(self, line):
+        # Not what the one before it had said: nobody is killed in a session that is to end well.
+        self.ledger.words[line.number * ledger.ROW + ledger.ENDS] = ledger.PEER
         native = next((n for n in self.natives if n.line is line), None)
         if native:
             process = native.start_peer()
@@ -183,7 +185,7 @@ class Run:
 
     def _kill_one(self):
         """Only who is in a session that is to end so."""
-        able = [line for line in self.peers if self.ledger.word(line.number, ledger.ENDS) == 2]
+        able = [n for n in self.peers if self.ledger.word(n.number, ledger.ENDS) == ledger.KILL]
         if not able:
             return
         line = self.random.choice(able)
