@@ -107,7 +107,10 @@ class Campaign:
                 progress(row, done, len(faults))
                 cell = (str(row), column(fault))
                 try:
-                    reached = await injector.inject(fault)
+                    for _ in range(3):  # how often it waits depends on the survivor
+                        reached = await injector.inject(fault)
+                        if reached:
+                            break
                 except AssertionError as error:
                     self.failures.append((fault, error))
                     failed(fault, error)

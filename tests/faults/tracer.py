@@ -229,6 +229,8 @@ class Seen:
 
     messages: tuple[bytes, ...]
     closed: bool
+    ready: int = 0
+    """How many of the messages are not behind one that is half-written."""
 
 
 def mapping_of(pid, name):
@@ -268,11 +270,15 @@ def seen(pid, role, before=None):
     position = int.from_bytes(producer[:8], "little")
     state = int.from_bytes(producer[256:260], "little")
     messages = []
+    ready = None
     at = 0
     while at < position:
         length = int.from_bytes(data[at : at + 4], "little")
         flags = int.from_bytes(data[at + 4 : at + 6], "little")
         if not flags & (raw_peer.BUSY | raw_peer.DISCARD):
             messages.append(data[at + raw_peer.HEADER : at + raw_peer.HEADER + length])
+        elif flags & raw_peer.BUSY and ready is None:
+            ready = len(messages)
         at += raw_peer.HEADER + (length + 7) // 8 * 8
-    return Seen(tuple(messages), closed=state != 0)
+    ready = len(messages) if ready is None else ready
+    return Seen(tuple(messages), closed=state != 0, ready=ready)

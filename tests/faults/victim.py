@@ -114,13 +114,14 @@ async def work(role, url, steps):
         await steps.do_async("send", link.send, message(BEFORE))
         loan = link.loan(LENGTH, type=DATA, id=BEFORE + 1)
         steps.do("reserve", loan.__enter__)
+        await link.send(message(BEFORE + 2))  # behind what is half-written
         loan.data[:] = content(BEFORE + 1)
         steps.do("commit", loan.__exit__, None, None, None)
         borrowed = link.borrow()
         first = await steps.do_async("receive", borrowed.__aenter__)
         assert first.data == content(0)
         await steps.do_async("release", borrowed.__aexit__, None, None, None)
-        for number in range(BEFORE + 2, BEFORE + 2 + AFTER):
+        for number in range(BEFORE + 3, BEFORE + 3 + AFTER):
             await link.send(message(number))
         count = 1
         while (received := await link.receive()).type != END:
