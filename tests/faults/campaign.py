@@ -18,7 +18,7 @@ LANGUAGES = ("python", "uvloop", "C")
 ROLES = ("listener", "connector")
 ERRNOS = {
     "ENOMEM": {
-        "accept4", "bind", "connect", "epoll_create1", "epoll_ctl", "eventfd2", "fallocate",
+        "accept4", "bind", "connect", "epoll_create1", "epoll_ctl add", "eventfd2", "fallocate",
         "ftruncate", "getdents64", "getsockopt", "madvise", "memfd_create", "mkdir", "mmap",
         "newfstatat", "openat", "pidfd_open", "recvfrom", "recvmsg", "sendmsg", "sendto",
         "socket",
@@ -31,7 +31,7 @@ ERRNOS = {
         "accept4", "connect", "epoll_pwait", "epoll_wait", "fallocate", "flock", "ftruncate",
         "openat", "poll", "preadv2", "read", "recvfrom", "recvmsg", "sendmsg", "sendto", "write",
     },
-    "ENOSPC": {"bind", "epoll_ctl", "fallocate", "ftruncate", "mkdir", "openat"},
+    "ENOSPC": {"bind", "epoll_ctl add", "fallocate", "ftruncate", "mkdir", "openat"},
 }  # fmt: skip
 """The system calls that may give it: each errno is one that its manual page has."""
 COLUMNS = {

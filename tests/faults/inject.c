@@ -43,6 +43,15 @@ static int of_mark(int64_t number)
 	return number == SYS_getpid || number == SYS_kill;
 }
 
+/* What is counted by itself: a number, and for epoll_ctl with its operation. */
+static int64_t kind_of(const struct user_regs_struct *registers)
+{
+	int64_t kind = (int64_t)registers->orig_rax;
+
+	return kind == SYS_epoll_ctl ?
+	       kind | (int64_t)registers->rsi << 32 : kind;
+}
+
 /* The status at which @pid stops or ends next. */
 static int wait_for(int pid, int *status)
 {
@@ -114,7 +123,7 @@ int faults_run(int pid)
 }
 
 /*
- * Run to the entry of the @count-th system call of this number, of any for -1.
+ * Run to the entry of the @count-th system call of this kind, of any for -1.
  * Those seen on the way go to @calls, as far as there is room; @seen: how many.
  * Return: AT_POINT, AT_MARK, AT_END.
  */
@@ -134,14 +143,14 @@ int faults_to_call(int pid, int64_t number, int64_t count, struct call *calls,
 		if (!of_mark((int64_t)registers.orig_rax)) {
 			if (*seen < room)
 				calls[*seen] = (struct call){
-					(int64_t)registers.orig_rax,
+					kind_of(&registers),
 					{ registers.rdi, registers.rsi,
 					  registers.rdx, registers.r10,
 					  registers.r8, registers.r9 },
 				};
 			++*seen;
 			if ((number < 0 ||
-			     number == (int64_t)registers.orig_rax) && !--count)
+			     number == kind_of(&registers)) && !--count)
 				return AT_POINT;
 		}
 		place = go_on(PTRACE_SYSCALL, pid);	/* its exit */

@@ -385,7 +385,7 @@ class Case:
             step, name, number = said.pop().removeprefix("error ").split()
             assert step == self._row.step
             assert name in ("TransportError", "errno")
-            assert int(number) == self.fails_with
+            assert int(number) == self.fails_with, f"{name} {errno.errorcode.get(int(number))}"
         assert said == []
         received = await self._ends(talking, (*WHOLE, b""), orderly=True)
         assert received[-1].type == COUNT

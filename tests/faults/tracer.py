@@ -35,6 +35,7 @@ _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[1]
 _ROOM = 4096
 _MAP_SHARED = 1
+_OPERATIONS = ["", " add", " del", " mod"]  # of epoll_ctl
 
 
 def build(directory):
@@ -69,7 +70,7 @@ class _RawCall(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Call:
-    """The ``count``-th system call of this number after the mark."""
+    """The ``count``-th system call of this kind after the mark: see ``inject.c``."""
 
     number: int
     name: str
@@ -129,7 +130,8 @@ class Tracer:
         result = []
         for call in raw[: seen.value]:
             counts[call.number] = counts.get(call.number, 0) + 1
-            name = self._names.get(call.number, str(call.number))
+            name = self._names.get(call.number & 0xFFFFFFFF, str(call.number))
+            name += _OPERATIONS[call.number >> 32]
             result.append(Call(call.number, name, counts[call.number], tuple(call.arguments)))
         return result
 
