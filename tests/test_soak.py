@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 300
+FEW = ("--lines", "1", "--native", "0")
 
 
 def soak(directory, *arguments, interrupt=False):
@@ -51,21 +52,21 @@ def test_some_seconds_with_kills(tmp_path):
 
 def test_growing_memory_and_descriptors_are_seen(tmp_path):
     faults = ("--plant", "memory", "--plant", "descriptor")
-    code, report, output = soak(tmp_path, "--minutes", "0.04", "--native", "0", *faults)
+    code, report, output = soak(tmp_path, "--minutes", "0.04", *FEW, *faults)
     assert code == 1
     grown = {series["what"] for series in report["flatness"] if not series["ok"]}
     assert grown >= {"hub: private memory", "hub: descriptors"}, output
 
 
 def test_one_wrong_byte_is_seen(tmp_path):
-    code, report, output = soak(tmp_path, "--native", "0", "--plant", "corrupt")
+    code, report, output = soak(tmp_path, *FEW, "--plant", "corrupt")
     assert code == 1
     assert report["wrong"] >= 1, output
     assert "message 1000: got number 1000" in report["errors"][0]
 
 
 def test_control_c_ends_it_in_order(tmp_path):
-    code, report, output = soak(tmp_path, "--minutes", "10", "--native", "0", interrupt=True)
+    code, report, output = soak(tmp_path, "--minutes", "10", *FEW, interrupt=True)
     assert code == 0, output
     assert report["interrupted"]
     assert all(line["verified"] for line in report["lines"])

@@ -23,6 +23,7 @@ from pathlib import Path
 import uvloop
 
 from kucomms import ClosedError, Endpoint, KucommsError, Message, PeerClosedError, QueueFull
+from kucomms.transports import shm
 from tests.soak.content import RING_SIZE, Content, key
 from tests.soak.ledger import (
     ALL_STOP,
@@ -109,6 +110,9 @@ class Soak:
 def _begin_process():
     """Control-C is the supervisor's; its end is everybody's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Who is slow is not refused: in an emulated guest five seconds may pass before a process that
+    # has just connected gets a turn.
+    shm.HANDSHAKE_TIMEOUT = PATIENCE
 
     def end_with_supervisor():
         multiprocessing.parent_process().join()
