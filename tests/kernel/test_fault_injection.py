@@ -630,6 +630,24 @@ def test_nothing_can_be_allocated(loaded, kind):
         until_alive(before)
 
 
+def test_half_of_all_fails(loaded, tell):
+    """So that what comes instead of what has failed fails as well: vmalloc() for kmalloc()."""
+    found = Counter()
+    operation = SetUp("test_quiet", LARGE)
+    with failing("failslab", probability=50):
+        for _ in range(200):
+            try:
+                operation.prepare()
+            except OSError as error:
+                found[errno.errorcode[error.errno]] += 1
+                continue
+            number = operation.operate()
+            operation.clean_up()
+            found[errno.errorcode.get(number, "set up")] += 1
+    tell(0, found)
+    assert set(found) <= {"ENOMEM", "set up"}
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("kind", "text"), [("failslab", "cannot open /dev/kucomms_test"), (KINDS[1], "no memory for")]
