@@ -193,10 +193,12 @@ def until_alive(before):
 
 def sweep(operation, alive=lambda: numbers_of(counters()), settle=until_alive):
     """Let each allocation fail once. Returns how many there are, and how often which errno."""
-    assert operation.attempt()[0] == 0
     before = alive()
+    assert operation.attempt()[0] == 0
+    settle(before)
     number, left = operation.attempt()
     assert number == 0
+    settle(before)
     found = Counter()
     most = FAR - left
     for n in points(most, MOST // 3 if operation.slow or most > 1000 else MOST):
