@@ -52,9 +52,10 @@ from tests.soak.ledger import (
 
 PATIENCE = 120.0
 BURST = 256
-TOO_LATE = 20.0
-"""Seconds after which the end of a peer was missed. What it had sent is handled before, by a
-loop that nine other endpoints share: on a busy machine that has taken two seconds."""
+TOO_LATE = 300.0 if "KUCOMMS_MODULES" in os.environ else 30.0
+"""Seconds after which the end of a peer was missed. What it had sent is handled before, turn by
+turn of a loop that other flooded endpoints share: six seconds on a busy machine, thirty in an
+emulated guest on one."""
 _BEGIN = struct.Struct("<QQ")
 _LOOK = 0.02
 
