@@ -21,7 +21,7 @@ from tests.faults.victim import STEPS
 )
 @click.option("--step", multiple=True, type=click.Choice(STEPS), help="Only this; repeatable.")
 @click.option("--language", multiple=True, type=click.Choice(LANGUAGES), help="Only this.")
-@click.option("--most", default=400, show_default=True, help="Points for each cell of the table.")
+@click.option("--most", default=60, show_default=True, help="Points for each cell of the table.")
 @click.option("--seed", type=int, help="Of the points, where there are more.")
 @click.option("--json", "as_json", is_flag=True, help="The counts and failures as JSON.")
 def main(step, language, most, seed, as_json):
