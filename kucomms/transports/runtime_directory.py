@@ -17,6 +17,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -24,9 +25,18 @@ from kucomms._core import os_error
 from kucomms.exceptions import AddressInUseError, TransportError
 from kucomms.transports.peer_process import listener_is_alive
 
-__all__ = ["BoundSocket", "bind", "connect_socket", "private_path", "shared_path"]
+__all__ = [
+    "BoundSocket",
+    "DirectoryLockedError",
+    "bind",
+    "connect_socket",
+    "private_path",
+    "shared_path",
+]
 
 _BACKLOG = 1024
+_PATIENCE = 0.02
+"""Seconds that we stand still at most for others to be done with the directory."""
 
 
 def private_path() -> str:
@@ -85,16 +95,35 @@ def _make(url: str, path: str, shared: bool) -> int:
 
 @contextmanager
 def _locked(url: str, path: str, shared: bool) -> Iterator[int]:
-    """The directory, made if it is missing, locked against others who take names."""
+    """The directory, made if it is missing, locked against others who take names.
+
+    Raises DirectoryLockedError when it stays locked: others hold it for a few system calls
+    only, but may be stopped meanwhile, and this loop must not stop with them.
+    """
+    give_up = time.monotonic() + _PATIENCE
     while True:
         fd = _make(url, path, shared)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # held by others for a few system calls only
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > give_up:
+                    raise DirectoryLockedError(
+                        errno.EWOULDBLOCK,
+                        f"{url}: another process keeps the directory {path} locked; is one of "
+                        "yours stopped in the middle of listening? Let it go on, or kill it",
+                    ) from error
+                time.sleep(0.001)
+                continue
             if _is_at(fd, path):
                 yield fd
                 return
         finally:
             os.close(fd)
+
+
+class DirectoryLockedError(TransportError):
+    """Another process holds the lock of the directory, for longer than it ever should."""
 
 
 def _is_at(fd: int, path: str) -> bool:
@@ -126,7 +155,10 @@ class BoundSocket:
         self._spare = os.dup(sock.fileno())
 
     def close(self) -> None:
-        """Give the name up, unless somebody else has it by now; remove what is empty."""
+        """Give the name up, unless somebody else has it by now; remove what is empty.
+
+        If the directory stays locked, the name stays, and the next ``bind`` takes it over.
+        """
         os.close(self._spare)  # so that there is one for the directory, if for nothing else
         with suppress(OSError, TransportError), _locked(self._url, self._path, self._shared) as fd:
             with suppress(FileNotFoundError):
@@ -138,7 +170,10 @@ class BoundSocket:
 
 
 def bind(url: str, name: str, shared: bool) -> BoundSocket:
-    """Listen at ``name``. Raises AddressInUseError when somebody alive has it."""
+    """Listen at ``name``. Raises AddressInUseError when somebody alive has it.
+
+    And DirectoryLockedError, after which to try again.
+    """
     path = shared_path(os.geteuid()) if shared else private_path()
     with _locked(url, path, shared) as fd:
         address = _address(fd, name)

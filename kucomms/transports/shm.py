@@ -45,7 +45,12 @@ from kucomms.transports.base import (
     Peer,
 )
 from kucomms.transports.peer_process import credentials, peer_pidfd
-from kucomms.transports.runtime_directory import BoundSocket, bind, connect_socket
+from kucomms.transports.runtime_directory import (
+    BoundSocket,
+    DirectoryLockedError,
+    bind,
+    connect_socket,
+)
 
 __all__ = ["transport"]
 
@@ -55,6 +60,8 @@ HANDSHAKE_TIMEOUT = 5.0
 """Seconds that a peer may take for its part of the rendezvous."""
 HANDSHAKES = 256
 """Rendezvous that a listener has under way at once; more wait in the system's queue."""
+LOCK_TIMEOUT = 5.0
+"""Seconds that ``listen`` waits for others of our processes to be done with taking names."""
 
 _RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a listener
 _RECORD_SIZE = len(_core.record_bytes(_core.new_record()))
@@ -767,7 +774,14 @@ class ShmTransport:
         accept: Callable[[Connection], None],
         links: Callable[[], int],
     ) -> Listener:
-        return ShmListener(address, options, accept, links)
+        give_up = asyncio.get_running_loop().time() + LOCK_TIMEOUT
+        while True:
+            try:
+                return ShmListener(address, options, accept, links)
+            except DirectoryLockedError:
+                if asyncio.get_running_loop().time() > give_up:
+                    raise
+            await asyncio.sleep(_RETRY_LAST)
 
     async def connect(self, address: Address, options: ConnectOptions) -> Connection:
         loop = asyncio.get_running_loop()

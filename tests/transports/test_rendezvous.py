@@ -4,12 +4,14 @@
 
 import asyncio
 import errno
+import fcntl
 import itertools
 import json
 import os
 import resource
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import structlog.testing
@@ -626,3 +628,52 @@ async def test_full_memory_at_the_listener(url):
                     assert (await process.line()).startswith("open")
                 await process.says("close in order")
             await check(await endpoint.connect(url, ring_size=16384, timeout=0))
+
+
+# ---- a process that stands still in the middle of it ----------------------------------
+
+
+@contextmanager
+def locked(runtime_dir):
+    """As by a process that was stopped while it took or gave up a name."""
+    directory = Path(runtime_dir, "kucomms")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(directory, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+async def test_listen_waits_for_who_takes_a_name_and_the_loop_goes_on(url, runtime_dir):
+    async with Endpoint(on_message=echo) as endpoint:
+        with locked(runtime_dir):
+            listening = asyncio.ensure_future(endpoint.listen(url))
+            for _ in range(3):  # each a turn of the loop that a blocking lock would not give
+                await asyncio.sleep(0.03)
+            assert not listening.done()
+        await listening
+        async with kucomms.connect(url) as link:
+            await check(link)
+
+
+async def test_listen_gives_up_on_who_never_goes_on(url, runtime_dir, monkeypatch):
+    monkeypatch.setattr(kucomms.transports.shm, "LOCK_TIMEOUT", 0.1)
+    async with Endpoint() as endpoint:
+        with locked(runtime_dir), pytest.raises(TransportError, match=f"{url}.*locked") as told:
+            await endpoint.listen(url)
+        assert told.value.errno == errno.EWOULDBLOCK
+        await endpoint.listen(url)
+
+
+async def test_closing_beside_who_stands_still_leaves_the_name_to_be_taken_over(url, runtime_dir):
+    async with Endpoint() as endpoint:
+        await endpoint.listen(url)
+        with locked(runtime_dir):
+            await endpoint.aclose()
+    async with Endpoint(on_message=echo) as endpoint:
+        await endpoint.listen(url)
+        async with kucomms.connect(url) as link:
+            await check(link)
+    assert os.listdir(runtime_dir) == []
