@@ -30,18 +30,30 @@ _FAULT = re.compile(
 )
 
 
-# What KCSAN says of one race: its first line, one near the end, and the end.
+# What KCSAN says of one race: its first line, one before each stack, one near the end, and the
+# end.
 _RACE = re.compile(r"BUG: KCSAN:")
+_ACCESS = re.compile(r"\b(?:read|write|read-write)(?: \(.*?\))? to 0x\w+ of \d+ bytes by .*:")
 _REPORTED = "Reported by Kernel Concurrency Sanitizer"
 _RULE = re.compile(r"={40,}\s*$")
 _OURS = "kucomms"
+_FRAMES = 2
+
+
+def _is_ours(report: list[str]) -> bool:
+    """Whether a race is about our data: our code touches it, or what that calls directly does.
+
+    Further down every stack has us in it, and the data are the scheduler's, say.
+    """
+    accesses = [n for n, line in enumerate(report) if _ACCESS.search(line)]
+    told = [report[0], *(x for n in accesses for x in report[n + 1 : n + 1 + _FRAMES])]
+    return not accesses or any(_OURS in line for line in told)
 
 
 def _races(lines: list[str]) -> list[tuple[int, bool, bool]]:
     """Return for each report of KCSAN: its first line, whether it is ours, whether it is whole.
 
-    It is ours if our module or one of its functions is in it. The rest of the kernel has races
-    of its own, and strict rules find many.
+    The rest of the kernel has races of its own, and strict rules find many.
     """
     found = []
     begin = None
@@ -50,7 +62,7 @@ def _races(lines: list[str]) -> list[tuple[int, bool, bool]]:
         if begin is not None and (starts or _RULE.search(line)):
             report = lines[begin:n]
             whole = n < len(lines) and any(_REPORTED in x for x in report)
-            found.append((begin, any(_OURS in x for x in report), whole))
+            found.append((begin, _is_ours(report), whole))
             begin = None
         if starts:
             begin = n
@@ -58,7 +70,7 @@ def _races(lines: list[str]) -> list[tuple[int, bool, bool]]:
 
 
 def races_elsewhere(lines: list[str]) -> list[str]:
-    """Return the first lines of the reports of data races that have nothing of ours in them."""
+    """Return the first lines of the reports of data races that are about others' data."""
     return [lines[n] for n, ours, whole in _races(lines) if whole and not ours]
 
 

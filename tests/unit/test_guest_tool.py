@@ -151,6 +151,13 @@ def test_a_race_of_ours_is_found(report, prefix):
     assert races_elsewhere(report) == []
 
 
+def test_a_race_of_the_scheduler_that_we_have_only_called_is_elsewhere():
+    stack = [" __cond_resched+0x4f/0x54", " kucomms_channel_new+0x36e/0x79f [kucomms]"]
+    report = race("rcu_all_qs", "rcu_report_qs_rdp", stack=stack)
+    assert findings(report) == []
+    assert races_elsewhere(report) == [report[1]]
+
+
 @pytest.mark.parametrize("prefix", ["", "[   12.445515] "])
 def test_races_elsewhere_are_counted_and_fail_nothing(prefix):
     others = [prefix + line for line in [*race("p9_a", "b"), "", *race("c", "d")]]
