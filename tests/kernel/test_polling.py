@@ -135,7 +135,7 @@ def test_a_ping_pong_rings_seldom(undo_affinity):
         assert found["messages_received"] == found["messages_sent"] == count
         assert found["polls_hit"] > count // 4
         assert found["doorbells_heard"] == pinger.kicks
-        assert pinger.kicks < count // 4
+        assert pinger.kicks < count // 2  # one each, if the thread slept between two
         assert found["poll_ns"] > 0
 
 
