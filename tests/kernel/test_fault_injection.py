@@ -271,7 +271,7 @@ def test_load(modules, tell, request):
         assert modules_left() == before
 
     most, found = sweep(operation, modules_left, settle)
-    assert found["ENOMEM"] > 10
+    assert found["ENOMEM"]
     tell(most, found)
 
 
@@ -290,7 +290,8 @@ def modules_loaded(load, unload):
 def loaded(modules_loaded):
     yield
     give_up = time.monotonic() + PATIENCE
-    while (alive := counters())["channels"] or alive["runners"] > SHARED_RUNNERS:
+    shared = SHARED_RUNNERS + 1  # and that of kucomms_join
+    while (alive := counters())["channels"] or alive["runners"] > shared:
         assert time.monotonic() < give_up, alive
         os.sched_yield()
     assert alive["pages"] == 0
@@ -495,7 +496,7 @@ def test_create_device(loaded, whose, tell):
     operation = Create()
     before = sorted(os.listdir(SYSFS.parent))
     most, found = sweep(operation)
-    assert found["ENOMEM"] >= 2
+    assert found["ENOMEM"]
     assert sorted(os.listdir(SYSFS.parent)) == before
     tell(most, found)
 
@@ -506,7 +507,7 @@ def test_remove_device(loaded, whose, tell):
 
 def test_register(loaded, whose, tell):
     most, found = sweep(Register())
-    assert found["ENOMEM"] >= 3
+    assert found["ENOMEM"]
     tell(most, found)
 
 
@@ -516,7 +517,7 @@ def test_unregister(loaded, whose, tell):
 
 def test_open(loaded, whose, tell):
     most, found = sweep(Open())
-    assert found["ENOMEM"] >= 1
+    assert found["ENOMEM"]
     tell(most, found)
 
 
@@ -525,7 +526,7 @@ def test_open(loaded, whose, tell):
 def test_set_up(loaded, whose, tell, name, ring_size):
     most, found = sweep(SetUp(name, ring_size))
     assert most > 2 * ring_size / PAGE
-    assert found["ENOMEM"] > 4
+    assert found["ENOMEM"]
     tell(most, found)
 
 
@@ -567,7 +568,7 @@ class InRunner(SetUp):
 @pytest.mark.parametrize("ring_size", [PAGE, 64 * PAGE, LARGE])
 def test_open_callback(loaded, tell, ring_size):
     most, found = sweep(InRunner(ring_size))
-    assert found["ENOMEM"] >= 2
+    assert found["ENOMEM"]
     tell(most, found)
 
 
@@ -607,7 +608,7 @@ class SetUpThread(InKthreadd, SetUp):
 @pytest.mark.parametrize("what", ["register", "test_threads"])
 def test_new_thread(loaded, tell, what):
     most, found = sweep(RegisterThread() if what == "register" else SetUpThread(what, PAGE))
-    assert sum(found[name] for name in ("ENOMEM", "EAGAIN")) > 4
+    assert found["ENOMEM"] or found["EAGAIN"]
     tell(most, found)
 
 
