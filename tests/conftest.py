@@ -9,10 +9,14 @@ and without the tests of polling. KUCOMMS_ALL=1 overrules that.
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
 import uvloop
+
+# Who was started in the background of a shell ignores control-C, and so would what is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These run as root on a kernel of their own: tools/guest.py boots it, and sets this there.
 collect_ignore = [] if "KUCOMMS_MODULES" in os.environ else ["kernel"]
