@@ -167,7 +167,8 @@ def build(kernel: Kernel, log: Path) -> Path:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        env=os.environ | {"LC_ALL": "C"},  # "warning:" in other languages is another word
+        # "warning:" in other languages is another word; a make above us has jobs of its own.
+        env=os.environ | {"LC_ALL": "C", "MAKEFLAGS": ""},
     )
     log.write_text(made.stdout)
     warnings = build_warnings(made.stdout)
