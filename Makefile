@@ -10,12 +10,12 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan
 
-.PHONY: help setup demo bench bench-user test test-kernel test-kernel-6.1 test-kernel-6.12 test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
+.PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
 	@echo "make test        everything that is checked: lint, lint-kernel, the tests, test-kernel"
-	@echo "make test-kernel the tests of the kernel module, in guests with Linux 6.1 and 6.12 at once"
+	@echo "make test-kernel the tests of the kernel module, in guests with Linux 6.1 and 6.12"
 	@echo "make test-kernel-sanitized"
 	@echo "                 the same in kernels with KASAN, lockdep, kmemleak and failing allocations,"
 	@echo "                 and with KCSAN; builds both first; CHECKERS=kasan for one of them"
@@ -77,10 +77,7 @@ test: lint lint-kernel
 
 test-kernel: setup
 	@sh tools/install-kernel-packages.sh
-	$(MAKE) -j2 -Otarget test-kernel-6.1 test-kernel-6.12
-
-test-kernel-6.1 test-kernel-6.12: test-kernel-%:
-	$(BIN)/python tools/guest.py --kernel $*
+	$(BIN)/python tools/guest.py
 
 test-kernel-sanitized: setup
 	@sh tools/install-kernel-packages.sh
