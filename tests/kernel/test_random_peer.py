@@ -3,7 +3,8 @@
 """A program that does anything to a device, at random, while somebody else uses it well.
 
 ``random_peer.c`` draws system calls, their arguments and what it writes into its pages.
-KUCOMMS_RANDOM_SECONDS: how long for each endpoint; KUCOMMS_SEED: for the same program again.
+KUCOMMS_RANDOM_SECONDS: how long for each endpoint, and without it not at all;
+KUCOMMS_SEED: for the same program again.
 """
 
 import json
