@@ -17,10 +17,15 @@ class Blocking(Contestant):
     name = "pyzmq"
     package = "zmq"
 
+    def _context(self):
+        import zmq
+
+        return zmq.Context.instance()
+
     def _socket(self, meeting, kind, listen):
         import zmq
 
-        socket = zmq.Context.instance().socket(getattr(zmq, kind))
+        socket = self._context().socket(getattr(zmq, kind))
         url = "ipc://" + meeting.path()
         if listen:
             socket.bind(url)
@@ -73,19 +78,10 @@ class Asyncio(Blocking):
 
     name = "pyzmq asyncio"
 
-    def _socket(self, meeting, kind, listen):
-        import zmq
+    def _context(self):
         import zmq.asyncio
 
-        socket = zmq.asyncio.Context.instance().socket(getattr(zmq, kind))
-        url = "ipc://" + meeting.path()
-        if listen:
-            socket.bind(url)
-            meeting.ready.set()
-        else:
-            meeting.wait_ready()
-            socket.connect(url)
-        return socket
+        return zmq.asyncio.Context.instance()
 
     def send(self, meeting, _end, sending):
         """See the base."""
