@@ -28,10 +28,6 @@ if SHORT:
 if not os.path.exists("/sys/kernel/debug/failslab"):  # as who is not root may ask
     collect_ignore.append("kernel/test_fault_injection.py")
 
-# It finds the test module's commands, too, some of which wait for as long as they are told.
-if "KUCOMMS_RANDOM_SECONDS" not in os.environ:
-    collect_ignore.append("kernel/test_random_peer.py")
-
 
 def pytest_asyncio_loop_factories(config, item):
     loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

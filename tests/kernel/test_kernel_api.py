@@ -26,6 +26,7 @@ PARAMETERS = Path("/sys/module/kucomms_test/parameters")
 NAMES = (
     *("test", "test_threads", "test_quiet", "test_in_place", "test_limited"),
     *("test_polling", "test_polling_threads"),
+    *("test_tame", "test_tame_threads", "test_tame_in_place"),
 )
 SHARED_RUNNERS = sum("threads" not in name for name in NAMES)
 HEADER = 32
