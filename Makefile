@@ -14,7 +14,7 @@ CHECKERS ?= kasan kcsan
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
-	@echo "make test        everything that is checked: lint, lint-kernel, the tests, test-kernel"
+	@echo "make test        everything that is checked: lint, lint-kernel, the tests here and in guests"
 	@echo "make test-kernel the tests of the kernel module, in guests with Linux 6.1 and 6.12"
 	@echo "make test-kernel-sanitized"
 	@echo "                 the same in kernels with KASAN, lockdep, kmemleak and failing allocations,"
@@ -72,8 +72,7 @@ lint-kernel: setup
 
 test: lint lint-kernel
 	@sh tools/install-check-packages.sh
-	$(BIN)/python -m pytest
-	$(MAKE) test-kernel
+	@sh tools/test.sh
 
 test-kernel: setup
 	@sh tools/install-kernel-packages.sh

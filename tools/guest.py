@@ -46,6 +46,14 @@ BOOT = Path("/boot")
 BIN = Path(sys.prefix, "bin")
 DEFAULT_COMMAND = ("python", "-m", "pytest", "tests/kernel")
 
+# The host's file system once more, with a cache: what programs are started from does not change
+# meanwhile, and without one each component of each path that Python tries is asked of the host.
+_CACHED = "kucomms_cached"
+_STARTED_FROM = (
+    *(Path(sys.base_prefix), Path(sys.prefix), *(ROOT / name for name in ("kucomms", "tests"))),
+    *(Path("/usr", name) for name in ("bin", "include", "lib/gcc", "lib/x86_64-linux-gnu")),
+)
+
 # A directory in the guest, whose /tmp nobody else sees.
 _SCRATCH = "/tmp/kucomms-guest"  # noqa: S108
 
@@ -210,6 +218,26 @@ def index(kernel: Kernel, tree: Path) -> None:
     subprocess.run(["/sbin/depmod", "-b", str(tree / "root"), kernel.version], check=True)
 
 
+def compile_python() -> None:
+    """Write the byte code that the guest cannot write, and compiles slowly; what fails shows there.
+
+    Of the tests twice: pytest has its own, which it writes when it collects.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["KUCOMMS_MODULES"] = "collected only"
+    quiet = ("-m", "compileall", "-q", "kucomms", "tests", "examples", "tools")
+    collect = ("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/kernel")
+    for arguments in (quiet, collect):
+        subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+
+
 def guest_script(kernel: Kernel, tree: Path, out: Path, command: Iterable[str]) -> str:
     """Return the shell script that runs as root in the guest; its last act is ``out``/status."""
     environment = {k: v for k, v in os.environ.items() if _PASSED_ON.match(k)} | {
@@ -226,6 +254,7 @@ def guest_script(kernel: Kernel, tree: Path, out: Path, command: Iterable[str]) 
     environment["PYTEST_ADDOPTS"] = f"-p no:cacheprovider {addopts}".strip()
     settings = " ".join(shlex.quote(f"{k}={v}") for k, v in sorted(environment.items()))
     modules = MODULES / kernel.version
+    cached = " ".join(shlex.quote(str(path)) for path in _STARTED_FROM if path.is_dir())
     prepared = shlex.quote(f"{tree}/root{modules}")
     return f"""
 exec 2>&1
@@ -234,7 +263,11 @@ mount_missing tmpfs /dev/shm
 mount_missing tmpfs /tmp
 mount_missing debugfs /sys/kernel/debug
 mount_missing tracefs /sys/kernel/tracing
-mkdir -p {_SCRATCH}
+mkdir -p {_SCRATCH} /run/{_CACHED}
+options=ro,trans=virtio,version=9p2000.L,access=any,msize=524288,cache=loose
+if mount -t 9p -o $options {_CACHED} /run/{_CACHED}; then
+	for directory in {cached}; do mount --bind /run/{_CACHED}$directory $directory; done
+fi
 # A link to a build tree, from virtme-ng, or the host's directory below a writable overlay.
 if [ -L {modules} ]; then rm {modules}; fi
 mkdir -p {modules}
@@ -292,6 +325,8 @@ def boot(
     in_tmp = ROOT.is_relative_to("/tmp")  # noqa: S108
     command += ["--rwdir", str(ROOT if in_tmp else out)]
     command += [] if has_kvm() else ["--disable-kvm"]
+    export = "readonly=on,security_model=none,multidevs=remap"
+    command += [f"--qemu-opts=-virtfs local,path=/,mount_tag={_CACHED},{export}"]
     for option in _BOOT_OPTIONS:
         command += ["--append", option]
     command += ["--exec", f"sh {shlex.quote(str(script))}"]
@@ -436,6 +471,7 @@ def main(
     # Ending with a signal is the same as control-C: no guest is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=as_json)
+    compile_python()
     verdicts = []
     show = sys.stderr.buffer if as_json else sys.stdout.buffer
     try:
