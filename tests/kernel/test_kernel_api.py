@@ -26,9 +26,9 @@ PARAMETERS = Path("/sys/module/kucomms_test/parameters")
 NAMES = (
     *("test", "test_threads", "test_quiet", "test_in_place", "test_limited"),
     *("test_polling", "test_polling_threads"),
-    *("test_tame", "test_tame_threads", "test_tame_in_place"),
 )
-SHARED_RUNNERS = sum("threads" not in name for name in NAMES)
+TAME = ("test_tame", "test_tame_threads", "test_tame_in_place")  # which know few commands
+SHARED_RUNNERS = sum("threads" not in name for name in (*NAMES, *TAME))
 HEADER = 32
 
 
@@ -66,12 +66,12 @@ AT_ONCE, HARD, SOFT, PROCESS = range(4)
 def test_module(load, unload):
     """The module ``kucomms_test``, with its devices."""
     load("kucomms")
-    for name in NAMES:
+    for name in (*NAMES, *TAME):
         (SYSFS / "create_device").write_text(f"kucomms_{name}")
     load("kucomms_test")
     yield
     unload("kucomms_test")
-    for name in NAMES:
+    for name in (*NAMES, *TAME):
         (SYSFS / "remove_device").write_text(f"kucomms_{name}")
     unload("kucomms")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.test_hostile import bystander, compile_program, module, nothing_is_left
+from tests.kernel.test_kernel_api import TAME
 
 __all__ = ["module", "nothing_is_left"]  # fixtures, for each test here as well
 
@@ -34,7 +35,7 @@ def random_peer(tmp_path_factory):
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("name", ["test_tame", "test_tame_threads", "test_tame_in_place"])
+@pytest.mark.parametrize("name", TAME)
 async def test_anything(random_peer, capsys, name):
     async with bystander(name) as good:
         process = subprocess.Popen(
