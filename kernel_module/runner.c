@@ -271,7 +271,10 @@ static void release(struct kucomms_channel *channel, bool goes_on)
 	kucomms_channel_signal(channel);
 }
 
-/* Messages, at most a batch. Return: -EAGAIN drained, 0 not yet, -EPROTO. */
+/*
+ * Messages, at most a batch; what is skipped in one look counts as one. Return:
+ * -EAGAIN drained, 0 not yet, -EPROTO.
+ */
 static int drain(struct kucomms_runner *runner,
 		 struct kucomms_channel *channel)
 {
@@ -285,9 +288,11 @@ static int drain(struct kucomms_runner *runner,
 		    test_bit(KUCOMMS_CLOSE_WANTED, &channel->state))
 			break;
 		err = kucomms_ring_peek(&channel->rx, &view);
-		if (err)
+		if (err < 0)
 			break;
-		deliver(runner, channel, &view);
+		if (err != KUCOMMS_SKIPPED)
+			deliver(runner, channel, &view);
+		err = 0;
 		if (channel->rx.position - before >= most) {
 			release(channel, true);
 			before = channel->rx.position;

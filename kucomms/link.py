@@ -19,6 +19,7 @@ from kucomms._core import (
     FORKED,
     FULL,
     HEADER_SIZE,
+    MORE,
     OK,
     PAUSE,
     PROTOCOL,
@@ -57,6 +58,8 @@ T = TypeVar("T")
 
 _FILL, _FILL_BYTES = 128, 1 << 16
 """Messages and bytes that are taken from the ring at once for tasks that await them."""
+_IDLE_ROUNDS = 16
+"""Looks into the ring, between two turns of the loop, that find no message for the backlog."""
 
 
 class Link:
@@ -101,6 +104,7 @@ class Link:
         # for the endpoint: whether it is in its list of links to look at
         self._queued = False
         self._peer_gone = False
+        self._looks_later = False
         self._over = False
         self._closed_here = False
         self._error: KucommsError | None = None
@@ -535,7 +539,7 @@ class Link:
         return batch
 
     def _fill(self) -> bool:
-        """Move some messages from the ring into the inbox; whether there were any."""
+        """Move some messages from the ring into the inbox; whether there was anything."""
         messages: list[Message] = []
         replies: list[Message] = []
         status = self._channel.receive(_FILL, _FILL_BYTES, messages, replies, True)
@@ -546,13 +550,15 @@ class Link:
             self._add_to_inbox(messages)
         if replies:
             self._resolve(replies)
-        if status != OK:
+        if status not in (OK, MORE):
             self._receive_failed(status)
             return False
-        return bool(messages or replies)
+        return bool(messages or replies) or status == MORE
 
     def _take_borrow(self) -> _core.Borrow | Message | None:
-        while not self._inbox:
+        for _ in range(_FILL):  # replies that nobody has asked for can come without end
+            if self._inbox:
+                return self._take_from_inbox()
             self._raise_if_ended()
             borrow = self._channel.borrow()
             if isinstance(borrow, int):
@@ -568,7 +574,7 @@ class Link:
             data.release()
             borrow.release()
             self._resolve([reply])
-        return self._take_from_inbox()
+        return None
 
     async def _wait_for(self, take: Callable[[], T | None]) -> T:
         ticket = TaskTicket()
@@ -586,6 +592,9 @@ class Link:
                         self._check_receive()
                         continue  # whatever has become of the link meanwhile
                     if self._channel.park_receive():
+                        # perhaps, over and over, only what has to be skipped
+                        await self._endpoint._breathe()
+                        self._check_receive()
                         continue
                 await self._sleep_for_message(ticket)
                 polled = False
@@ -798,8 +807,11 @@ class Link:
                 f"{self._url}: the process at the other side died or dropped the link without "
                 "closing it; connect again when it is back"
             )
-        # The rest, which the ring bounds; after it no request can be answered any more.
-        while not self._over and self._fill():
+        # The rest: what is there now, for it may go on writing. After it no request can be
+        # answered any more.
+        channel = self._channel
+        end = channel.rx_position + channel.rx_avail
+        while not self._over and self._fill() and channel.rx_position < end:
             pass
         self._fail_requests()
         self._wake_senders()
@@ -882,8 +894,12 @@ class Link:
         self._connection.start(self._woken, self._peer_left)
 
     def _woken(self) -> None:
-        """The peer has rung: there may be messages, or room, or it has closed."""
+        """The peer has rung."""
         self._doorbells_heard += 1
+        self._look()
+
+    def _look(self) -> None:
+        """There may be messages, or room, or the peer has closed."""
         if self._send_queue:
             self._wake_first_sender()
         if self._channel.peer_state:
@@ -903,9 +919,16 @@ class Link:
             self._pump()
 
     def _pump(self, *, park: bool = True) -> None:
-        """Move what has arrived into the backlog, as far as that may grow, and park."""
+        """Move what has arrived into the backlog, as far as that may grow, and park.
+
+        The backlog bounds messages; after so many rounds without one, the loop has a turn.
+        """
         looked_again = False
+        idle_rounds = 0
         while not self._over:
+            if idle_rounds > _IDLE_ROUNDS:
+                self._look_later()
+                return
             messages: list[Message] = []
             replies: list[Message] = []
             budget = self._endpoint._backlog_limit - self._endpoint._backlog_used
@@ -917,10 +940,11 @@ class Link:
                     self._receive_queue[0].wake()
             if replies:
                 self._resolve(replies)
-            if status != OK:
+            if status not in (OK, MORE):
                 self._receive_failed(status)
                 return
-            if messages or replies:
+            idle_rounds += not messages
+            if messages or replies or status == MORE:
                 looked_again = False
                 continue
             if not park:
@@ -933,6 +957,18 @@ class Link:
                 self._endpoint._backlog_filled(self)
                 return
             looked_again = True
+
+    def _look_later(self) -> None:
+        """As if the peer had rung, in the loop's next turn."""
+
+        def look() -> None:
+            self._looks_later = False
+            if not self._over:
+                self._look()
+
+        if not self._looks_later:
+            self._looks_later = True
+            self._loop.call_soon(look)
 
     def _add_to_inbox(self, messages: list[Message]) -> None:
         self._inbox.extend(messages)

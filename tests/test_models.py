@@ -55,6 +55,7 @@ BROKEN = (
     ("senders", ASLEEP, "KERNEL", "WITHOUT_MUST_RING_MB"),
     ("senders", ASLEEP, "KERNEL", "WITHOUT_CMPXCHG"),
     ("close", LATE, "STATE_AFTER"),
+    ("close", LATE, "SKIPPED_IS_ALL"),
     ("close", ASLEEP, "WITHOUT_BELL_ORDER"),
     ("lazy", ASLEEP, "WITHOUT_DUTY"),
     ("park", ASLEEP, "WITHOUT_SKIPPED"),

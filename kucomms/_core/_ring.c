@@ -942,9 +942,10 @@ PyDoc_STRVAR(channel_receive_doc,
 "receive(limit, budget, messages, replies, first) -> status\n\n"
 "Append up to limit messages of together at most budget bytes of the ring to\n"
 "the list messages, those with the reply flag to the list replies; with first, the\n"
-"first message however large it is. OK also when there were none; PROTOCOL after\n"
-"what came before the fault.\n\n"
-"serve() receives lazily: MORE when limit or budget has ended it; and the peer may\n"
+"first message however large it is. OK also when there were none; MORE when so much\n"
+"had to be skipped that others shall have a turn first: then there may be messages\n"
+"behind it; PROTOCOL after what came before the fault.\n\n"
+"serve() receives lazily: MORE when limit or budget has ended it, too; and the peer may\n"
 "not be told at once that there is space: when owing is true then, call\n"
 "wake_producer() before the reading stops.");
 
@@ -984,7 +985,7 @@ static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 			 PyObject *replies, int first, int lazily)
 {
 	struct kucomms_channel *channel = self->channel;
-	int failed = 0, more = 0, taken = 0;
+	int failed = 0, skipped = 0, more = 0, taken = 0;
 	enum status status = OK;
 
 	/*
@@ -1001,6 +1002,10 @@ static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 		err = kucomms_channel_peek(channel, &view);
 		if (err == -EAGAIN)
 			break;
+		if (err == KUCOMMS_SKIPPED) {
+			skipped = 1;
+			break;
+		}
 		if (err) {
 			status = PROTOCOL;
 			break;
@@ -1028,7 +1033,9 @@ static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 	end_use(self);
 	if (failed)
 		return -1;
-	return status == OK && lazily && (more || limit == 0) ? MORE : status;
+	if (skipped || (lazily && status == OK && (more || limit == 0)))
+		return MORE;
+	return status;
 }
 
 static PyObject *channel_receive(ChannelObject *self, PyObject *const *args,
@@ -1150,8 +1157,8 @@ PyDoc_STRVAR(channel_serve_doc,
 "Call handler(message, link) for what is in the list messages already and then for\n"
 "what can be received lazily, batch by batch of at most limit messages, until\n\n"
 "OK: nothing is left, also after polling for poll nanoseconds (0: no polling; none is\n"
-"begun after poll_until). MORE: there may be more, but limit is 0, or something is in\n"
-"others, events, inbox or replies; then also in messages. PAUSE: the same within a batch, time.monotonic() has passed\n"
+"begun after poll_until). MORE: there may be more, but limit is 0, much was skipped, or\n"
+"something is in others, events, inbox or replies; then also in messages. PAUSE: the same within a batch, time.monotonic() has passed\n"
 "deadline. What receive() answers else, with messages to be handled first.\n"
 "(coroutine, yielded): the handler wants to wait, and has yielded this.\n"
 "(result, None): it has returned something else, perhaps to be awaited.\n\n"
@@ -1212,6 +1219,8 @@ static PyObject *channel_serve(ChannelObject *self, PyObject *const *args,
 			return from_status(status == OK ? MORE : status);
 		if (PyList_Size(messages))
 			continue;
+		if (status == MORE)	/* something was skipped */
+			return from_status(MORE);
 		if (!poll || PyObject_Size(args[9]) || PyObject_Size(args[10]) ||
 		    may_receive(self) != OK ||
 		    (double)now_ns() * 1e-9 >= poll_until_s)
@@ -1244,7 +1253,8 @@ static PyObject *channel_wake_producer(ChannelObject *self, PyObject *unused)
 }
 
 PyDoc_STRVAR(channel_borrow_doc,
-"borrow() -> Borrow or status\n\nThe next message in place.");
+"borrow() -> Borrow or status\n\nThe next message in place. EMPTY also when much was\n"
+"skipped: whether there is nothing, park_receive() says.");
 
 static PyObject *channel_borrow(ChannelObject *self, PyObject *unused)
 {
@@ -1278,7 +1288,7 @@ static PyObject *channel_borrow(ChannelObject *self, PyObject *unused)
 		/* what was skipped on the way */
 		if (kucomms_channel_release(self->channel))
 			ring_doorbell(self);
-		return from_status(err == -EAGAIN ? EMPTY : PROTOCOL);
+		return from_status(err == -EPROTO ? PROTOCOL : EMPTY);
 	}
 	borrow->channel = (ChannelObject *)Py_NewRef((PyObject *)self);
 	borrow->view = view;
@@ -1421,6 +1431,12 @@ static PyObject *channel_get_tx_free(ChannelObject *self, void *unused)
 		kucomms_channel_tx_free(self->channel) : 0);
 }
 
+static PyObject *channel_get_rx_position(ChannelObject *self, void *unused)
+{
+	(void)unused;
+	return PyLong_FromUnsignedLongLong(self->channel->rx.position);
+}
+
 static PyObject *channel_get_rx_avail(ChannelObject *self, void *unused)
 {
 	(void)unused;
@@ -1512,6 +1528,7 @@ static PyGetSetDef channel_getset[] = {
 	GETTER(owing, "after receiving lazily: wake_producer() is to be called"),
 	GETTER(tx_avail, "bytes sent and not yet released by the peer"),
 	GETTER(tx_free, "bytes that can be sent now, headers included"),
+	GETTER(rx_position, "bytes that were read since the link was made"),
 	GETTER(rx_avail, "bytes that wait to be read, headers included"),
 	GETTER(address, "of struct kucomms_channel, for _setup"),
 	GETTER(ring_size, "bytes of each ring"),

@@ -49,6 +49,7 @@ class Channel:
     poll_ns: int
     tx_avail: int
     tx_free: int
+    rx_position: int
     rx_avail: int
     address: int
     ring_size: int

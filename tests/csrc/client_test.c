@@ -604,6 +604,61 @@ static void test_hostile_bells(void)
 	pair_close(&pair);
 }
 
+/* A ring full of frames that have to be skipped, and full again, for ever. */
+static void *discard_on(void *argument)
+{
+	struct kucomms_client *client = argument;
+	struct kucomms_ring_producer *tx = &client->channel.tx;
+	uint64_t at;
+
+	for (at = 0; at < tx->size; at += KUCOMMS_HEADER_SIZE)
+		kucomms_ring_discard((struct kucomms_frame *)(tx->data + at), 0);
+	do {
+		smp_store_release(&tx->own->position, tx->size +
+				  smp_load_acquire(&tx->peer->position));
+	} while (kucomms_client_ring(client) != -EPIPE);
+	return NULL;
+}
+
+static void test_hostile_discards(void)
+{
+	static struct pair pair;
+	pthread_t thread;
+	int i;
+
+	pair_open(&pair, 1 << 16, 0);
+	CHECK(!pthread_create(&thread, NULL, discard_on, &pair.a));
+	for (i = 0; i < 100; i++) {
+		CHECK(receive_nothing(&pair.b, -1) == -EINTR);
+		CHECK(receive_nothing(&pair.b, 0) == -EAGAIN);
+	}
+	kucomms_client_close(&pair.b);
+	CHECK(!pthread_join(thread, NULL));
+	pair_close(&pair);
+}
+
+/* Far behind what was discarded, a message comes; nobody sleeps before it. */
+static void test_many_discarded(void)
+{
+	static struct pair pair;
+	struct kucomms_frame *frame;
+	int i, round;
+
+	pair_open(&pair, 1 << 16, 0);
+	for (round = 0; round < 2; round++) {
+		for (i = 0; i < 1000; i++) {
+			CHECK(!kucomms_channel_reserve(&pair.a.channel, 0,
+						       &frame, NULL));
+			kucomms_channel_discard(&pair.a.channel, frame, 0);
+		}
+		CHECK(!send_text(&pair.a, "x", 0));
+		while (round && receive_nothing(&pair.b, 0) == -EAGAIN)
+			CHECK(kucomms_client_arm(&pair.b, 1, -1) == 1);
+		expect_text(&pair.b, "x");
+	}
+	pair_close(&pair);
+}
+
 static void test_hostile_rings(void)
 {
 	static struct pair pair;
@@ -919,6 +974,8 @@ static const struct {
 	{ "hostile_socket", test_hostile_socket },
 	{ "hostile_bells", test_hostile_bells },
 	{ "hostile_rings", test_hostile_rings },
+	{ "hostile_discards", test_hostile_discards },
+	{ "many_discarded", test_many_discarded },
 	{ "hostile_hello", test_hostile_hello },
 	{ "hostile_silence", test_hostile_silence },
 	{ "hostile_setup", test_hostile_setup },

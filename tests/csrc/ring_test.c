@@ -388,6 +388,64 @@ static void test_discard(void)
 	pair_close(&pair);
 }
 
+static void discard(struct pair *pair, unsigned int count)
+{
+	while (count--)
+		kucomms_channel_discard(&pair->a, reserve(pair, 0, 0, NULL), 0);
+}
+
+/* One look passes so many frames, then the caller has its turn. */
+static void test_many_discarded(void)
+{
+	const uint64_t most = KUCOMMS_SKIP_MOST * KUCOMMS_HEADER_SIZE;
+	struct kucomms_view view;
+	struct pair pair;
+	uint64_t before;
+	int err, looks;
+
+	pair_open(&pair, 1 << 16);
+	discard(&pair, 1000);
+	CHECK(send_pattern(&pair, 10, 1) >= 0);
+	for (looks = 0;; looks++) {
+		before = pair.b.rx.position;
+		err = kucomms_channel_peek(&pair.b, &view);
+		if (!err)
+			break;
+		CHECK(err == KUCOMMS_SKIPPED);
+		CHECK(pair.b.rx.position - before == most);
+	}
+	CHECK(looks == 1000 / KUCOMMS_SKIP_MOST);
+	CHECK(pair.b.rx.position - before < most);
+	receive_pattern(&pair, 10, 1);
+	expect_empty(&pair);
+
+	/* Nobody sleeps before all of it was passed. */
+	discard(&pair, KUCOMMS_SKIP_MOST + 1);
+	CHECK(kucomms_channel_park_rx(&pair.b) == 1);
+	CHECK(kucomms_channel_park_rx(&pair.b) == 1);
+	CHECK(kucomms_channel_park_rx(&pair.b) == 0);
+	kucomms_channel_release(&pair.b);
+
+	/* The room that it took is there again, and who waits for it is rung. */
+	discard(&pair, (unsigned int)(pair.size / KUCOMMS_HEADER_SIZE));
+	CHECK(kucomms_channel_park_tx(&pair.a, 0) >= 0);
+	CHECK(kucomms_channel_peek(&pair.b, &view) == KUCOMMS_SKIPPED);
+	CHECK(kucomms_channel_release(&pair.b) == 1);
+	CHECK(kucomms_channel_tx_free(&pair.a) == most);
+	while (kucomms_channel_peek(&pair.b, &view) == KUCOMMS_SKIPPED)
+		kucomms_channel_release(&pair.b);
+
+	/* That the producer is gone is no reason to believe that this is all. */
+	for (looks = 0; looks < KUCOMMS_SKIP_MOST; looks++)
+		reserve(&pair, 0, 2, NULL);
+	CHECK(send_pattern(&pair, 10, 3) >= 0);
+	pair.b.rx.final = 1;
+	CHECK(kucomms_channel_peek(&pair.b, &view) == KUCOMMS_SKIPPED);
+	receive_pattern(&pair, 10, 3);
+	expect_empty(&pair);
+	pair_close(&pair);
+}
+
 static void test_final(void)
 {
 	struct kucomms_frame *frame;
@@ -1103,6 +1161,7 @@ static const struct {
 	{ "position_overflow", test_position_overflow },
 	{ "busy_front", test_busy_front },
 	{ "discard", test_discard },
+	{ "many_discarded", test_many_discarded },
 	{ "final", test_final },
 	{ "state", test_state },
 	{ "borrow", test_borrow },

@@ -357,10 +357,12 @@ static int next_message(struct way *way, struct kucomms_view *view)
 		err = kucomms_channel_peek(way->to, view);
 		if (!err)
 			return 0;
-		CHECK(err == -EAGAIN);
+		CHECK(err == -EAGAIN || err == KUCOMMS_SKIPPED);
 		/* Also what was skipped. */
 		if (kucomms_channel_release(way->to))
 			bell_ring(&way->space);
+		if (err == KUCOMMS_SKIPPED)
+			continue;
 		if (closed)
 			return 1;
 		if (!kucomms_channel_park_rx(way->to))

@@ -49,6 +49,9 @@ active proctype consumer()
 			:: peek();
 				if
 				:: yes -> consume()
+#ifndef SKIPPED_IS_ALL
+				:: skipped -> skipped = 0
+#endif
 				:: else -> break
 				fi
 			od;

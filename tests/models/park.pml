@@ -53,6 +53,7 @@ active proctype consumer()
 		:: peek();
 			if
 			:: yes -> consume()
+			:: skipped -> release()
 			:: else ->
 				release();
 				park_for_data();

@@ -102,7 +102,7 @@
 /* What is private to the sides, and the doorbells: they order nothing. */
 byte tx_position, tx_consumed, tx_parked, tx_wanted, tx_rung;
 byte rx_position, rx_published, rx_available, rx_parked, rx_rung;
-bit tx_bell, rx_bell, final, refreshed;
+bit tx_bell, rx_bell, final, refreshed, skipped;
 
 /* What was meant by each message, for the consumer's assertions. */
 bit dropped[MESSAGES];
@@ -219,10 +219,14 @@ inline refresh_available()
 	seen = 0
 }
 
-/* yes: there is a message at the front; it looks at the position at most once. */
+/*
+ * yes: there is a message at the front; it looks at the position at most once.
+ * skipped: it answered KUCOMMS_SKIPPED, which here it may do after any frame.
+ */
 inline peek()
 {
 	yes = 0;
+	skipped = 0;
 	refreshed = 0;
 	do
 	:: rx_position == rx_available && refreshed -> break
@@ -236,7 +240,11 @@ inline peek()
 		:: seen == DISCARDED ->
 			assert(dropped[rx_position]);
 			rx_position++;
-			seen = 0
+			seen = 0;
+			if
+			:: skipped = 1; break
+			:: skipped = 0
+			fi
 		:: seen == MESSAGE ->
 			assert(!dropped[rx_position]);
 			yes = 1;
@@ -343,7 +351,8 @@ inline park_for_data()
 	park_for_data_mb();
 	peek();
 #ifndef WITHOUT_SKIPPED
-	yes = (yes || rx_position != before);
+	yes = (yes || skipped || rx_position != before);
 #endif
+	skipped = 0;
 	before = 0
 }

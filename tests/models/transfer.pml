@@ -76,7 +76,7 @@ active proctype consumer()
 				peek();
 				if
 				:: yes -> consume()
-				:: else
+				:: else -> skipped = 0
 				fi;
 				if
 				:: give_back(rx_position)

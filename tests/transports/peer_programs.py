@@ -11,11 +11,12 @@ import fcntl
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import struct
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 
@@ -120,6 +121,22 @@ async def floods_with_replies(url):
         while True:
             for value in range(1000):
                 await link.reply(Message(b"", id=value), b"x" * 1000)
+
+
+def discards(url, ring_size):
+    """Fills its ring with what has to be skipped, over and over; told to, sends a message."""
+    peer = raw_peer.connect_by_hand(url.removeprefix("shm://"), int(ring_size))
+    peer.fill_with_discarded()
+    peer.sock.setblocking(False)
+    say("discards")
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        peer.refill()
+        with suppress(BlockingIOError):  # it has bells enough
+            peer.ring()
+    while peer.released < peer.position:
+        pass
+    peer.send(b"in the end")
+    sys.stdin.read()
 
 
 async def many_links(url, count):

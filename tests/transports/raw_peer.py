@@ -187,6 +187,21 @@ class RawPeer:
         self.publish()
         self.ring()
 
+    @property
+    def released(self):
+        """How far the other side has read."""
+        return self.read64(self.offset(2, 1 - self.own))
+
+    def fill_with_discarded(self):
+        """The whole ring; to be called with nothing in it."""
+        frame = struct.pack("<4Q", DISCARD << 32, 0, 0, 0)
+        self.write_data(0, frame * (self.ring_size // HEADER))
+
+    def refill(self):
+        """As if everything that was read were there again."""
+        self.position = self.released + self.ring_size
+        self.publish()
+
     def park_for_space(self, epoch):
         self.write64(self.offset(1) + 128, epoch)
 

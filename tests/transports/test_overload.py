@@ -264,6 +264,70 @@ async def test_a_flood_of_replies(url):
                 assert turns() > before + 100
 
 
+@pytest.mark.parametrize("taken_by", ["handler", "borrower", "receive", "borrow", "request"])
+async def test_a_flood_of_what_has_to_be_skipped(url, taken_by):
+    """Half a million frames that are no messages, again and again by one store each time."""
+    ring = 1 << 24
+    most = 0  # bytes of them between two turns of the loop
+    received = []
+    waiting = None
+    async with Endpoint("flooded") as endpoint:
+        if taken_by in ("handler", "borrower"):
+
+            @endpoint.on_message(borrow=taken_by == "borrower")
+            async def handle(message, link):
+                if message.type:
+                    await link.reply(message, bytes(message.data))
+                else:
+                    received.append(bytes(message.data))
+
+        async def receive(link):
+            if taken_by == "borrow":
+                async with link.borrow() as message:
+                    received.append(bytes(message.data))
+            else:
+                received.append((await link.receive()).data)
+
+        await endpoint.listen(url, ring_size=RING)
+        with Process("discards", url, ring) as discarder:
+            await discarder.says("discards")
+            await until(lambda: endpoint.links)
+            (flooding,) = endpoint.links
+
+            def skipped():
+                return flooding._channel.rx_position
+
+            async def take_turns():
+                nonlocal most
+                before = skipped()
+                while True:
+                    await asyncio.sleep(0)
+                    most = max(most, skipped() - before)
+                    before = skipped()
+
+            turns = asyncio.create_task(take_turns())
+            if taken_by == "request":
+                waiting = asyncio.create_task(flooding.request(b""))
+            elif taken_by in ("receive", "borrow"):
+                waiting = asyncio.create_task(receive(flooding))
+            async with kucomms.connect(url) as link:
+                await until(lambda: len(endpoint.links) == 2)
+                while skipped() < 4 * ring:
+                    if taken_by in ("handler", "borrower"):
+                        await ask(link)
+                    else:
+                        await link.send(b"served")
+                        assert (await endpoint.links[1].receive()).data == b"served"
+            assert most < ring // 4
+            # Behind all of it there is a message, and nobody sleeps before it came.
+            discarder.tell()
+            if taken_by == "request":
+                waiting.cancel()
+                await receive(flooding)
+            await until(lambda: received == [b"in the end"])
+            turns.cancel()
+
+
 # ---- many links, and a bad one --------------------------------------------------
 
 

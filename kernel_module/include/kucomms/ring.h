@@ -88,6 +88,10 @@ KUCOMMS_STATIC_ASSERT(geometry_size, sizeof(struct kucomms_geometry) == 128);
 
 #define KUCOMMS_HEADER_SIZE	((__u64)sizeof(struct kucomms_frame))
 
+/* One look passes so many frames at most that are no messages, then says so. */
+#define KUCOMMS_SKIP_MOST	256
+#define KUCOMMS_SKIPPED		1
+
 /**
  * struct kucomms_pin - a frame in use, whose bytes must not be given back
  * @prev: towards older pins
@@ -532,13 +536,18 @@ kucomms_ring_refresh_available(struct kucomms_ring_consumer *c)
  *
  * Skips what was discarded, looks at the producer's position at most once.
  *
- * Return: 0, -EAGAIN when there is none yet, -EPROTO when the producer broke
- * the rules.
+ * A producer can fill the ring with what is to be skipped by one store, over and
+ * over. So this ends after KUCOMMS_SKIP_MOST frames, and the caller, before it
+ * looks again, gives back and lets others have their turn.
+ *
+ * Return: 0, -EAGAIN when there is none yet, KUCOMMS_SKIPPED when there may be
+ * one behind what was skipped, -EPROTO when the producer broke the rules.
  */
 static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
 				    struct kucomms_view *view)
 {
 	const struct kucomms_frame *frame;
+	unsigned int skipped = 0;
 	int refreshed = 0;
 	__u64 control;
 	__u64 span;
@@ -574,6 +583,8 @@ static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
 		if (!(flags & (KUCOMMS_FLAG_BUSY | KUCOMMS_FLAG_DISCARD)))
 			break;
 		WRITE_ONCE(c->position, c->position + span);
+		if (++skipped == KUCOMMS_SKIP_MOST)
+			return KUCOMMS_SKIPPED;
 	}
 	view->data = (const unsigned char *)(frame + 1);
 	view->length = (__u32)control;

@@ -465,7 +465,7 @@ static inline uint64_t kucomms_channel_tx_free(struct kucomms_channel *channel)
 
 /* ---- receiving ---------------------------------------------------------- */
 
-/* Look at the next message: 0, -EAGAIN, -EPROTO. */
+/* Look at the next message: 0, -EAGAIN, -EPROTO, KUCOMMS_SKIPPED: look again. */
 static inline int kucomms_channel_peek(struct kucomms_channel *channel,
 				       struct kucomms_view *view)
 {

@@ -26,7 +26,8 @@
  *
  *	-EAGAIN		timeout 0, and it cannot be done now
  *	-ETIMEDOUT	not within the timeout
- *	-EINTR		a signal handler ran while waiting; call again
+ *	-EINTR		a signal handler ran while waiting, or the peer has us
+ *			skip without end what it discards; call again
  *	-EPIPE		the peer is gone, and all that it sent was received
  *	-EMSGSIZE	the message can never fit
  *	-EPROTO		the peer broke the rules; the link is of no more use
@@ -1248,7 +1249,10 @@ static inline int kucomms_client_reply(struct kucomms_client *client,
 					 timeout_ms);
 }
 
-/* Look at the front. Return: 0, -EAGAIN, -EPIPE, -EPROTO, -errno. */
+/*
+ * Look at the front. Return: 0, -EAGAIN, KUCOMMS_SKIPPED, -EPIPE, -EPROTO,
+ * -errno.
+ */
 static inline int kucomms_client_peek(struct kucomms_client *client,
 				      struct kucomms_view *view)
 {
@@ -1285,7 +1289,9 @@ static inline void kucomms_client_give_back(struct kucomms_client *client)
  *	  what is checked first and used then
  * @timeout_ms: how long to wait
  *
- * Until it is released the same message is received again.
+ * Until it is released the same message is received again. With timeout 0, -EAGAIN
+ * may also mean that there is one behind much that the peer has discarded: then
+ * kucomms_client_arm() says so.
  *
  * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR, -EPIPE when the peer is gone and all
  * that it sent was received, -EPROTO, -EBADF.
@@ -1294,19 +1300,24 @@ static inline int kucomms_client_receive(struct kucomms_client *client,
 					 struct kucomms_view *view,
 					 int timeout_ms)
 {
+	struct kucomms_ring_consumer *rx = &client->channel.rx;
 	int64_t end = kucomms_deadline(timeout_ms);
+	uint64_t begin = rx->position;
 	int err;
 
 	for (;;) {
 		if (client->error)
 			return client->error;
 		err = kucomms_client_peek(client, view);
-		if (err != -EAGAIN)
+		if (err != -EAGAIN && err != KUCOMMS_SKIPPED)
 			return err;
 		kucomms_client_give_back(client);
 		if (!timeout_ms)
-			return err;
-		if (kucomms_client_park(client, 1, -1))
+			return -EAGAIN;
+		/* More than was there can only have come meanwhile, and may go on. */
+		if (rx->position - begin > rx->size)
+			return kucomms_poll_time(end) ? -EINTR : -ETIMEDOUT;
+		if (err == KUCOMMS_SKIPPED || kucomms_client_park(client, 1, -1))
 			continue;
 		err = kucomms_client_wait(client, end);
 		if (err)
