@@ -217,6 +217,16 @@ class RawDevice:
         """How far the kernel has read."""
         return self.read64(2 * PAGE)
 
+    def fill_with_discarded(self):
+        """The whole ring; to be called with nothing in it."""
+        frame = struct.pack("<4Q", DISCARD << 32, 0, 0, 0)
+        self.write_data(0, frame * (self.ring_size // HEADER))
+
+    def refill(self):
+        """As if everything that was read were there again."""
+        self.position = self.released + self.ring_size
+        self.publish()
+
     def set_state(self, state):
         ctypes.c_uint32.from_address(self.own + PAGE + 256).value = state
 

@@ -104,6 +104,39 @@ async def test_one_channel_floods(name):
         await flooding
 
 
+async def test_one_channel_has_to_skip_without_end():
+    """Half a million frames that are no messages: others have their turns among them."""
+    among = 0
+    async with many("test_quiet") as all_are_served, connect("test_quiet") as link:
+        with RawDevice("test_quiet", ring_size=16 * MIB) as bad:
+            bad.fill_with_discarded()
+            for number in range(100):
+                bad.refill()
+                assert bad.kick() == 0
+                await link.send(b"", id=number)
+                assert (await link.receive()).id == number
+                # Seen late, it may have skipped all of them meanwhile; but not each time.
+                among += bad.released < bad.position
+                until(lambda: bad.released == bad.position)
+            assert among
+
+            async def refill():
+                while True:
+                    bad.refill()
+                    assert bad.kick() == 0
+                    await asyncio.sleep(0)
+
+            refilling = asyncio.create_task(refill())
+            before = bad.released
+            while bad.released - before < 64 * MIB:
+                await all_are_served()
+            refilling.cancel()
+            # A message behind them comes: it is echoed.
+            until(lambda: bad.released == bad.position)
+            bad.send(b"in the end")
+            until(lambda: bad.available)
+
+
 async def test_one_channel_is_never_read():
     """The thread does not wait for it, whether it is sent to or echoes."""
     with RawDevice("test_quiet", ring_size=PAGE) as stuck:
