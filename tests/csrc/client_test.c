@@ -189,6 +189,25 @@ static void test_name_is_taken(void)
 	CHECK(access(directory, F_OK));
 }
 
+/* Somebody stands still while he takes a name. */
+static void test_directory_is_locked(void)
+{
+	struct kucomms_listener listener, second;
+	int lock;
+
+	CHECK(!kucomms_listener_open(&listener, URL, 0));
+	lock = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	CHECK(lock >= 0 && !flock(lock, LOCK_EX));
+	CHECK(kucomms_listener_open(&second, URL "2", 0) == -EWOULDBLOCK);
+	kucomms_listener_close(&second);
+	kucomms_listener_close(&listener);
+	CHECK(!access(directory, F_OK));	/* as if it had been killed */
+	close(lock);
+	CHECK(!kucomms_listener_open(&listener, URL, 0));
+	kucomms_listener_close(&listener);
+	CHECK(access(directory, F_OK));
+}
+
 static void test_directory_of_others(void)
 {
 	struct kucomms_listener listener;
@@ -958,6 +977,7 @@ static const struct {
 	{ "nobody", test_nobody },
 	{ "listener_says_nothing", test_listener_says_nothing },
 	{ "name_is_taken", test_name_is_taken },
+	{ "directory_is_locked", test_directory_is_locked },
 	{ "directory_of_others", test_directory_of_others },
 	{ "messages", test_messages },
 	{ "ring_sizes", test_ring_sizes },

@@ -78,6 +78,8 @@
 #define KUCOMMS_RING_LIMIT	(1ULL << 26)	/* a connector gets no more */
 #define KUCOMMS_HANDSHAKE_MS	1000		/* for a peer that is there */
 #define KUCOMMS_LIVENESS_MS	50		/* a death is seen within this */
+#define KUCOMMS_LOCK_MS		5000		/* for others to take a name */
+#define KUCOMMS_UNLISTEN_MS	20		/* the same, for who gives one up */
 
 /* Older C libraries lack these. */
 #ifdef SO_PEERPIDFD
@@ -245,21 +247,32 @@ static inline int kucomms_directory_current(int fd, const char *path)
 	       here.st_dev == there.st_dev && here.st_ino == there.st_ino;
 }
 
-static inline int kucomms_directory_lock(int fd)
+/*
+ * Others hold the lock for a few system calls only, but may be stopped meanwhile.
+ * Return: 0, -EWOULDBLOCK after @end, -errno.
+ */
+static inline int kucomms_directory_lock(int fd, int64_t end)
 {
-	while (flock(fd, LOCK_EX))
-		if (errno != EINTR)
+	const struct timespec moment = { 0, 1000000 };
+
+	while (flock(fd, LOCK_EX | LOCK_NB)) {
+		if (errno != EWOULDBLOCK)
 			return -errno;
+		if (!kucomms_poll_time(end))
+			return -EWOULDBLOCK;
+		nanosleep(&moment, NULL);
+	}
 	return 0;
 }
 
 /*
  * Create the directory if need be and lock it. A closing listener removes it
  * when it is empty, so what was opened may be gone when the lock is ours.
- * Return: a descriptor or -errno.
+ * Return: a descriptor, -EWOULDBLOCK after KUCOMMS_LOCK_MS, or -errno.
  */
 static inline int kucomms_directory_enter(const char *path)
 {
+	int64_t end = kucomms_deadline(KUCOMMS_LOCK_MS);
 	int err, fd;
 
 	for (;;) {
@@ -270,7 +283,7 @@ static inline int kucomms_directory_enter(const char *path)
 			continue;
 		if (fd < 0)
 			return fd;
-		err = kucomms_directory_lock(fd);
+		err = kucomms_directory_lock(fd, end);
 		if (!err && kucomms_directory_current(fd, path))
 			return fd;
 		close(fd);
@@ -839,7 +852,9 @@ static inline int kucomms_memory_create(uint64_t size)
  *
  * Takes over what a dead listener left behind.
  *
- * Return: 0, -EADDRINUSE, -EINVAL, -EPERM or other -errno.
+ * Return: 0, -EADDRINUSE, -EINVAL, -EPERM, -EWOULDBLOCK when another process of
+ * this user has kept the directory of sockets locked for KUCOMMS_LOCK_MS (is one
+ * stopped while it takes a name?), or other -errno.
  */
 static inline int kucomms_listener_open(struct kucomms_listener *listener,
 					const char *url, uint64_t ring_size)
@@ -884,16 +899,20 @@ static inline int kucomms_listener_open(struct kucomms_listener *listener,
 /**
  * kucomms_listener_close - give the name back; links that were made live on
  * @listener: of a listener that is closed, or was never opened, nothing happens
+ *
+ * If the directory stays locked, the name stays as well, for the next one who opens
+ * it to take over.
  */
 static inline void kucomms_listener_close(struct kucomms_listener *listener)
 {
+	int64_t end = kucomms_deadline(KUCOMMS_UNLISTEN_MS);
 	char path[PATH_MAX];
 	struct stat status;
 
 	if (listener->socket < 0)
 		return;
 	/* While our socket is open, no other can have its inode number. */
-	if (!kucomms_directory_lock(listener->directory)) {
+	if (!kucomms_directory_lock(listener->directory, end)) {
 		if (!fstatat(listener->directory, listener->name, &status,
 			     AT_SYMLINK_NOFOLLOW) &&
 		    status.st_dev == listener->device &&
