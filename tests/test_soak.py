@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.soak.flatness import Sampler
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 300
 FEW = ("--lines", "1", "--native", "0")
@@ -48,6 +50,21 @@ def test_some_seconds_with_kills(tmp_path):
     assert sum(line["judged"] for line in report["lines"])
     assert "hub: descriptors" in {series["what"] for series in report["flatness"]}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]  # it removes its files
+
+
+def test_what_ends_does_not_end_the_sampling():
+    """Neither a process that is a zombie, nor a name that is gone when it is looked at."""
+    name = Path(f"/dev/shm/kucomms-gone-{os.getpid()}")
+    name.symlink_to("nowhere")
+    try:
+        with subprocess.Popen(["true"]) as ended:
+            os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+            sampler = Sampler()
+            sampler.sample({"ended": ended.pid, "lives": os.getpid()})
+    finally:
+        name.unlink()
+    assert {"lives: threads", "/dev/shm: entries"} <= sampler.series.keys()
+    assert not any(what.startswith("ended") for what in sampler.series)
 
 
 def test_growing_memory_and_descriptors_are_seen(tmp_path):

@@ -58,13 +58,13 @@ class Sampler:
         """``processes``: by name, the process ids of those that live as long as the soak."""
         now = time.monotonic() - self._begin
         for name, pid in processes.items():
-            with suppress(FileNotFoundError, ProcessLookupError):
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended
                 self._sample_process(name, pid, now)
-        ours = [
-            entry.stat().st_size
-            for entry in os.scandir("/dev/shm")
-            if entry.name.startswith("kucomms-")
-        ]
+        ours = []
+        for entry in os.scandir("/dev/shm"):
+            if entry.name.startswith("kucomms-"):
+                with suppress(FileNotFoundError):  # gone meanwhile
+                    ours.append(entry.stat().st_size)
         self._add("/dev/shm: entries", COUNT, now, len(ours))
         self._add("/dev/shm: bytes", MEMORY, now, sum(ours))
         if ALIVE.exists():
@@ -77,6 +77,8 @@ class Sampler:
 
     def _sample_process(self, name, pid, now):
         status = _numbers(Path(f"/proc/{pid}/status"), ":")
+        if "RssAnon" not in status:
+            return  # it has ended, and nobody has looked after it yet
         self._add(f"{name}: private memory", MEMORY, now, status["RssAnon"] * 1024)
         self._add(f"{name}: threads", COUNT, now, status["Threads"])
         self._add(f"{name}: descriptors", DESCRIPTORS, now, len(os.listdir(f"/proc/{pid}/fd")))
