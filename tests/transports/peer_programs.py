@@ -244,6 +244,18 @@ async def echo(url, options="{}"):
         await told()
 
 
+async def echo_in_want(url):
+    """As ``echo``; says when a peer has to wait until there are descriptors again."""
+
+    def tell(_logger, _method, event):
+        if "ulimit -n" in event.get("error", ""):
+            say("out of descriptors")
+        return event
+
+    structlog.configure(processors=[tell, *structlog.get_config()["processors"]])
+    await echo(url)
+
+
 async def listens_with_child(url):
     """Listens, and has a child that holds the listening socket open."""
     async with Endpoint("parent") as endpoint:

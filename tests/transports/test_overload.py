@@ -520,15 +520,18 @@ async def test_a_handler_that_raises_is_logged(url, report):
 
 async def test_too_few_descriptors_for_all_links(url):
     """Some get in and are served; the others wait until somebody goes, or give up."""
-    with Process("echo", url, prefix=("prlimit", "--nofile=64:64")) as process:
+    with Process("echo_in_want", url, prefix=("prlimit", "--nofile=64:64")) as process:
         await process.says("ready")
         async with Endpoint("users") as endpoint:
             links = []
-            with pytest.raises(NotReadyError, match=f"{url}: "):
-                while True:
-                    links.append(await endpoint.connect(url, timeout=1.0 if links else PATIENCE))
+            while True:
+                waiting = asyncio.create_task(endpoint.connect(url, timeout=PATIENCE))
+                if await process.line() == "out of descriptors":
+                    break
+                links.append(await waiting)  # that line was "open ..."
             assert 5 < len(links) < 64
-            waiting = asyncio.create_task(endpoint.connect(url, timeout=PATIENCE))
+            with pytest.raises(NotReadyError, match=f"{url}: "):
+                await endpoint.connect(url, timeout=0.1)
             for link in links:
                 await link.send(b"served")
                 assert (await link.receive()).data == b"served"
