@@ -256,6 +256,8 @@ static inline int kucomms_directory_lock(int fd, int64_t end)
 	const struct timespec moment = { 0, 1000000 };
 
 	while (flock(fd, LOCK_EX | LOCK_NB)) {
+		if (errno == EINTR)
+			continue;
 		if (errno != EWOULDBLOCK)
 			return -errno;
 		if (!kucomms_poll_time(end))
