@@ -18,22 +18,20 @@ LANGUAGES = ("python", "uvloop", "C")
 ROLES = ("listener", "connector")
 ERRNOS = {
     "ENOMEM": {
-        "accept4", "bind", "connect", "epoll_create1", "epoll_ctl add", "eventfd2", "fallocate",
-        "ftruncate", "getdents64", "getsockopt", "madvise", "memfd_create", "mkdir", "mmap",
-        "newfstatat", "openat", "pidfd_open", "recvfrom", "recvmsg", "sendmsg", "sendto",
-        "socket",
+        "accept4", "bind", "connect", "epoll_ctl add", "eventfd2", "fallocate", "ftruncate",
+        "getdents64", "getsockopt", "madvise", "mkdir", "mmap", "newfstatat", "openat",
+        "pidfd_open", "recvfrom", "recvmsg", "sendmsg", "sendto", "socket",
     },
-    "EMFILE": {
-        "accept4", "epoll_create1", "eventfd2", "getsockopt", "memfd_create", "openat",
-        "pidfd_open", "socket",
-    },
+    "EMFILE": {"accept4", "eventfd2", "getsockopt", "openat", "pidfd_open", "socket"},
     "EINTR": {
-        "accept4", "connect", "epoll_pwait", "epoll_wait", "fallocate", "flock", "ftruncate",
-        "openat", "poll", "preadv2", "read", "recvfrom", "recvmsg", "sendmsg", "sendto", "write",
+        "accept4", "connect", "epoll_wait", "fallocate", "flock", "ftruncate", "openat", "poll",
+        "preadv2", "recvfrom", "recvmsg", "sendmsg", "sendto", "write",
     },
     "ENOSPC": {"bind", "epoll_ctl add", "fallocate", "ftruncate", "mkdir", "openat"},
 }  # fmt: skip
 """The system calls that may give it: each errno is one that its manual page has."""
+ALWAYS = {("ENOSPC", "fallocate")}
+"""What is in each sample: a full /dev/shm, which in life is the first of them."""
 COLUMNS = {
     "kill": "kill",
     "kill+": "kill\nanywhere",
@@ -81,7 +79,9 @@ def faults_of(row, calls, instructions, most, rng):
         for point in some(range(1, instructions)):
             yield Fault(row, kind, point)
     for name in ERRNOS:
-        for point in some([call for call in calls if _may_give(row, call, name)]):
+        able = [call for call in calls if _may_give(row, call, name)]
+        always = [call for call in able if (name, call.name) in ALWAYS]
+        for point in always + some([call for call in able if call not in always]):
             yield Fault(row, name, point)
 
 
@@ -93,6 +93,7 @@ class Campaign:
     seed: int
     tried: Counter = field(default_factory=Counter)
     missed: Counter = field(default_factory=Counter)
+    met: set = field(default_factory=set)  # (errno, system call) that could be injected
     failures: list = field(default_factory=list)
 
     async def run(
@@ -101,6 +102,7 @@ class Campaign:
         """Inject; a failure is noted and told, and the next one tried."""
         for row in wanted:
             calls, instructions = await injector.survey(row)
+            self.met |= {(n, c.name) for n in ERRNOS for c in calls if _may_give(row, c, n)}
             rng = random.Random(f"{self.seed} {row}")
             faults = list(faults_of(row, calls, instructions, self.most, rng))
             for done, fault in enumerate(faults):

@@ -9,7 +9,7 @@ import traceback
 import pytest
 from rich.console import Console
 
-from tests.faults.campaign import COLUMNS, Campaign, rows
+from tests.faults.campaign import ALWAYS, COLUMNS, ERRNOS, Campaign, rows
 from tests.faults.injector import Fault, Injector, Row
 from tests.faults.victim import STEPS
 
@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 MOST = 2
 """Points for each cell of the table; ``make faults ARGS="--most 1000000"`` tries all."""
+OLD = {"pidfd_open"}
+"""What is called only where the kernel has no SO_PEERPIDFD."""
 
 
 def test_every_step_cut_and_failed(capsys):
@@ -42,6 +44,17 @@ def test_every_step_cut_and_failed(capsys):
         for kind in ("kill", "stop"):
             assert any(campaign.tried[str(row), name] for name in COLUMNS if kind in name), row
     assert {row.step for row in wanted} == set(STEPS)
+    # Where a link is made, every errno was tried, in each language; only who connects in C
+    # asks for no room.
+    assert {
+        (str(row), name)
+        for row in wanted
+        for name in ERRNOS
+        if row.step in ("listen", "connect") and not campaign.tried[str(row), name]
+    } == {("connect, connector (C)", "ENOSPC")}
+    assert campaign.met >= ALWAYS
+    named = {(name, call) for name, calls in ERRNOS.items() for call in calls - OLD}
+    assert named <= campaign.met, f"never called: {named - campaign.met}"
     assert sum(campaign.missed.values()) < sum(campaign.tried.values()) / 10
 
 
