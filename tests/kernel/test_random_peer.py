@@ -24,7 +24,8 @@ LOOPS = ["asyncio"]  # what is tested is the kernel
 SECONDS = int(os.environ.get("KUCOMMS_RANDOM_SECONDS", "2"))
 SEED = int(os.environ.get("KUCOMMS_SEED") or random.getrandbits(32))
 SOURCE = Path(__file__).with_name("random_peer.c")
-# What the kernel refuses more often than not may have succeeded never in a short time.
+# What the kernel refuses more often than not may have succeeded never in a short time; for the
+# rest the program goes on if need be. The same in random_peer.c.
 RARE = {"ioctl", "remap", "fault", "fork", "other", "memory"}
 
 
