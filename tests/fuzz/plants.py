@@ -88,6 +88,12 @@ PLANTS = (
         "",
     ),
     Plant(
+        "skips-without-end",
+        "consumer",
+        "if (++skipped == KUCOMMS_SKIP_MOST)",
+        "if (++skipped == 0)",
+    ),
+    Plant(
         "pins-given-back",
         "pair",
         "__u64 end = kucomms_pins_oldest(&c->pins, c->position);",
