@@ -44,6 +44,7 @@ from kucomms.polling import AdaptivePolling
 from kucomms.scheduler import Scheduler, Ticker
 from kucomms.statistics import EndpointStatistics
 from kucomms.transports.base import (
+    RING_LIMIT,
     Address,
     Connection,
     ConnectOptions,
@@ -340,7 +341,7 @@ class Endpoint:
         url: str,
         *,
         ring_size: int = 1 << 20,
-        max_ring_size: int = 1 << 26,
+        max_ring_size: int = RING_LIMIT,
         max_links: int = 4096,
         allow: Iterable[int] = (),
         hello: bytes = b"",
@@ -384,7 +385,8 @@ class Endpoint:
         """Connect to whoever listens at ``url``.
 
         ``ring_size``: bytes per direction; None takes the listener's. It is clamped to
-        the listener's limit: see ``link.ring_size``. ``timeout``: seconds to wait for
+        the listener's limit: see ``link.ring_size``; what another user's listener gives
+        unasked is at most 64 MiB. ``timeout``: seconds to wait for
         the listener, None for ever, 0 tries once. ``hello``: as in ``listen``.
         ``owner``: id of the user whose listener is meant, when not our own; it must
         allow us.

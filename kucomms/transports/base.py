@@ -32,8 +32,13 @@ __all__ = [
     "ListenOptions",
     "Listener",
     "Peer",
+    "RING_LIMIT",
     "Transport",
 ]
+
+RING_LIMIT = 1 << 26
+"""Bytes per direction: what a listener gives at most unless it is told otherwise, and what is
+taken from another user's listener unless more was asked for."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 _NAME = re.compile(rf"[A-Za-z0-9_]{{1,{_core.NAME_MAX}}}")
@@ -97,6 +102,13 @@ class ConnectOptions(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float | None
     hello: bytes
     owner: int | None
+
+    def most(self, own: bool) -> int:
+        """The largest ring size that a listener, of our own user or not, may answer with.
+
+        Less than was asked for is fine, more is not: the memory is ours, too.
+        """
+        return self.ring_size or (1 << 32 if own else RING_LIMIT)
 
 
 class Connection(ABC):

@@ -701,6 +701,12 @@ async def _attach(
         ring_size = int(setup.ring_size)
         if not _is_ring_size(ring_size):
             raise ProtocolError(f"{url}: the other side says that the ring has {ring_size} bytes")
+        most = options.most(uid == os.geteuid())
+        if ring_size > most:
+            raise ProtocolError(
+                f"{url}: the listener answers with {ring_size} bytes of ring, and {most} are the "
+                "most that we take; if you want more, give connect() a ring_size"
+            )
         side = _core.side_size(ring_size)
         sealed = bool(setup.flags & lib.KUCOMMS_SEALED)
         if uid != os.geteuid() and not sealed:

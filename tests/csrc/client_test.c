@@ -814,6 +814,7 @@ struct answer {
 	uint64_t file_size;	/* 0: no file */
 	uint32_t side;		/* in the file's geometry */
 	int files;		/* how often the file is passed */
+	uint64_t asked;		/* ring size, by who connects */
 	int socket;
 };
 
@@ -895,7 +896,7 @@ static void expect_answer_refused(struct kucomms_listener *listener,
 
 	answer->socket = listener->socket;
 	CHECK(!pthread_create(&thread, NULL, answer_once, answer));
-	CHECK(kucomms_connect(&client, URL, 0, 20000) == err);
+	CHECK(kucomms_connect(&client, URL, answer->asked, 20000) == err);
 	CHECK(!pthread_join(thread, NULL));
 	CHECK(send_text(&client, "x", 0) == -EBADF);
 	CHECK(count_fds() == before);
@@ -965,6 +966,12 @@ static void test_hostile_setup(void)
 	bad.record.ring_size = UINT64_MAX;
 	expect_answer_refused(&listener, &bad, -EPROTO);
 	bad.record.ring_size = 1ULL << 63;
+	expect_answer_refused(&listener, &bad, -EPROTO);
+	/* The ring is larger than was asked for. */
+	bad = good;
+	bad.asked = 32768;
+	expect_answer_refused(&listener, &bad, -EPROTO);
+	bad.asked = 1;
 	expect_answer_refused(&listener, &bad, -EPROTO);
 	kucomms_listener_close(&listener);
 }

@@ -426,8 +426,9 @@ def _address_of(mapping):
     return address
 
 
-def offers_as_another(name, flaw):
+def offers_as_another(name, flaw, ring_size=mmap.PAGESIZE):
     """A listener of another user with memory that is not as it has to be."""
+    ring_size = int(ring_size)
     become_another_user()
     directory = f"/tmp/kucomms-{OTHER_USER}-shared"
     os.makedirs(directory, exist_ok=True)
@@ -441,7 +442,7 @@ def offers_as_another(name, flaw):
     try:
         sock, _address = listener.accept()
         raw_peer.receive(sock)
-        size = raw_peer.side_size(mmap.PAGESIZE)
+        size = raw_peer.side_size(ring_size)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
         flags = raw_peer.SEALED
         if flaw == "unsealed memory":
@@ -456,17 +457,15 @@ def offers_as_another(name, flaw):
         elif flaw == "wrong size":
             size += mmap.PAGESIZE
         fd = raw_peer.memory(size, seals=True)
-        os.pwrite(fd, raw_peer.geometry(0, mmap.PAGESIZE), 0)
+        os.pwrite(fd, raw_peer.geometry(0, ring_size), 0)
         if flaw == "no memfd":
             os.close(fd)
             fd = os.open("/tmp", os.O_TMPFILE | os.O_RDWR, 0o600)
             os.ftruncate(fd, size)
-            os.pwrite(fd, raw_peer.geometry(0, mmap.PAGESIZE), 0)
+            os.pwrite(fd, raw_peer.geometry(0, ring_size), 0)
         elif seals:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        raw_peer.send(
-            sock, raw_peer.record(raw_peer.SETUP, ring_size=mmap.PAGESIZE, flags=flags), [fd]
-        )
+        raw_peer.send(sock, raw_peer.record(raw_peer.SETUP, ring_size=ring_size, flags=flags), [fd])
         try:
             _attach, fds = raw_peer.receive(sock)
             say(f"attached {len(fds)}")

@@ -453,6 +453,31 @@ async def test_bad_listener_is_refused(name, act, error):
         assert endpoint.links == ()
 
 
+@pytest.mark.parametrize(("asked", "answered"), [(1, 2), (2, 4), (3, 8)])
+async def test_listener_that_wants_more_memory_than_was_asked_for(name, asked, answered):
+    """Also when it is all there, and all else is right."""
+    async with Endpoint("connector") as endpoint:
+        with RawListener(name) as fake:
+            accepting = asyncio.create_task(
+                asyncio.to_thread(fake.accept_by_hand, answered * PAGE)
+            )
+            with pytest.raises(ProtocolError, match=f"shm://{name}: .*{answered * PAGE} bytes"):
+                await endpoint.connect(f"shm://{name}", ring_size=asked * PAGE, timeout=0)
+            with pytest.raises((EOFError, ConnectionResetError)):
+                await accepting
+
+
+@pytest.mark.parametrize("asked", [None, 3 * PAGE, 4 * PAGE, 8 * PAGE])
+async def test_listener_may_give_what_was_asked_for_or_less(name, asked):
+    """Rounded; and who asks for nothing leaves it to a listener of the same user."""
+    async with Endpoint("connector") as endpoint:
+        with RawListener(name) as fake:
+            accepting = asyncio.create_task(asyncio.to_thread(fake.accept_by_hand, 4 * PAGE))
+            link = await endpoint.connect(f"shm://{name}", ring_size=asked, timeout=0)
+            assert link.ring_size == 4 * PAGE
+            (await accepting).close()
+
+
 @pytest.mark.parametrize("says", ["nothing", "half_a_record"])
 async def test_silent_listener(name, says):
     """Accepts, or does not even that, and never answers."""

@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 _numbers = itertools.count()
+MIB = 1 << 20
 SHARED = f"/tmp/kucomms-{os.geteuid()}-shared"
 
 
@@ -240,6 +241,33 @@ async def test_good_memory_of_another_user_is_taken(url, name):
             link = await endpoint.connect(url, timeout=PATIENCE, owner=OTHER_USER)
             assert link.peer.uid == OTHER_USER
             await process.says("attached 1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "offered", "attached"),
+    [
+        (None, MIB << 6, True),
+        (None, MIB << 7, False),
+        (MIB << 7, MIB << 7, True),
+        (MIB, MIB, True),
+        (MIB, MIB << 1, False),
+    ],
+)
+async def test_another_user_does_not_decide_on_our_memory(url, name, asked, offered, attached):
+    """We bring a side of our own: as much as we asked for, or 64 MiB, is the most of it."""
+    with Process("offers_as_another", name, "no flaw", offered) as process:
+        await process.says("ready")
+        async with Endpoint("root") as endpoint:
+            options = {"ring_size": asked, "timeout": PATIENCE, "owner": OTHER_USER}
+            if attached:
+                link = await endpoint.connect(url, **options)
+                assert link.ring_size == offered
+                await process.says("attached 1")
+            else:
+                with pytest.raises(ProtocolError, match=f"{url}: .*{offered} bytes of ring"):
+                    await endpoint.connect(url, **options)
+                await process.says("dropped")
+        assert await process.ended() == 0
 
 
 # ---- what others put in our way -------------------------------------------------

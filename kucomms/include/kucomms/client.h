@@ -621,6 +621,12 @@ static inline int kucomms_connect_handshake(struct kucomms_client *client,
 	default:
 		return -EPROTO;
 	}
+	/* It may give less than was asked for, never more. */
+	if (ring_size && record.ring_size > ring_size &&
+	    record.ring_size > kucomms_ring_size(ring_size)) {
+		err = -EPROTO;
+		goto out;
+	}
 	/* Sealed memory is for links between users; we make none of those. */
 	err = record.flags & KUCOMMS_SEALED ? -EPROTONOSUPPORT :
 	      kucomms_client_map(client, file, record.ring_size);
