@@ -70,6 +70,10 @@ _VANISHED = (errno.ECONNRESET, errno.EPIPE, errno.ESRCH)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
 # 0x10: F_SEAL_FUTURE_WRITE, linux/fcntl.h, not in Python 3.11's fcntl
 _SHM_PREFIX = "kucomms-"
+_PIECE = 1 << 20
+"""Bytes of memory that are allocated in one turn of the loop: about a millisecond's worth."""
+_MAKERS = 4
+"""Rendezvous of a listener that allocate at once, each a piece in each turn."""
 _FDS = 4
 """Descriptors that are looked at in one part of a record; more than may come."""
 
@@ -295,6 +299,18 @@ async def _receive_record(
     return _check_record(url, data, step)
 
 
+def _check_there(url: str, sock: socket.socket) -> None:
+    """Raises when the peer has hung up. Takes nothing of what it has sent."""
+    try:
+        if sock.recv(1, socket.MSG_PEEK):
+            return
+    except BlockingIOError:
+        return
+    except OSError as error:
+        raise _dropped(url, error.errno) from error
+    raise _dropped(url, errno.ECONNRESET)
+
+
 def _dropped(url: str, number: int | None) -> TransportError:
     return TransportError(number, f"{url}: the other side dropped the link while it was set up")
 
@@ -359,8 +375,13 @@ def _sweep() -> None:
                     _core.shm_unlink("/" + name)
 
 
-def _new_memory(url: str, size: int, sealed: bool) -> int:
-    """A descriptor of ``size`` bytes that are really there."""
+async def _new_memory(url: str, size: int, sealed: bool, go_on: Callable[[], None]) -> int:
+    """A descriptor of ``size`` bytes that are really there.
+
+    Taken piece by piece, with a turn of the loop between: a peer that asks for much, and
+    again, must not hold up the others. ``go_on`` is called before each piece, and raises
+    when nobody wants the memory any more.
+    """
     try:
         if sealed:
             fd = os.memfd_create("kucomms", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -369,12 +390,18 @@ def _new_memory(url: str, size: int, sealed: bool) -> int:
             fd = _core.shm_create(name)
             _core.shm_unlink(name)
         try:
-            # Without it a full file system would show as SIGBUS at the first touch.
-            os.posix_fallocate(fd, 0, size)
+            for at in range(0, size, _PIECE):
+                if at:
+                    await asyncio.sleep(0)
+                go_on()
+                # Without it a full file system would show as SIGBUS at the first touch.
+                os.posix_fallocate(fd, at, min(_PIECE, size - at))
         except BaseException:
             os.close(fd)
             raise
     except OSError as error:
+        if isinstance(error, KucommsError):
+            raise
         number = error.errno or 0
         if number in _NO_DESCRIPTORS:
             raise _core.os_error(number, f"{url}: no descriptor for the link's memory") from error
@@ -437,6 +464,7 @@ class ShmListener(Listener):
         self._watching = False
         self._refusing = False  # it was logged that nobody can be accepted
         self._promised = 0  # links that are being set up
+        self._making = asyncio.Semaphore(_MAKERS)
         self._pid = os.getpid()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         _sweep()
@@ -552,14 +580,17 @@ class ShmListener(Listener):
             ring_size = self._options.agree(wanted.ring_size)
             side = _core.side_size(ring_size)
             try:
-                fd = _new_memory(url, side if not own else 2 * side, sealed=not own)
-                fds.append(fd)
+                async with self._making:
+                    size = side if not own else 2 * side
+                    go_on = partial(self._check_wanted, sock)
+                    fd = await _new_memory(url, size, sealed=not own, go_on=go_on)
+                    fds.append(fd)
                 half = _core.HalfChannel(url, 0, ring_size, fd, 0)
                 if not own:
                     _seal(fd)
             except OSError as error:
                 # For want of descriptors it is dropped, as when it could not be accepted.
-                if error.errno not in _NO_DESCRIPTORS:
+                if error.errno not in (*_NO_DESCRIPTORS, *_VANISHED):
                     self._refuse(sock, lib.KUCOMMS_REFUSED_MEMORY)
                 raise
             flags = 0 if own else lib.KUCOMMS_SEALED
@@ -622,6 +653,12 @@ class ShmListener(Listener):
             return half.attach(theirs, 0)
         finally:
             _close_all(passed)
+
+    def _check_wanted(self, sock: socket.socket) -> None:
+        """Raises when nobody waits for our answer any more."""
+        _check_there(self.url, sock)
+        if self.closed:
+            raise _dropped(self.url, errno.ECONNRESET)
 
     def _refuse(self, sock: socket.socket, status: int) -> None:
         with suppress(TransportError):
@@ -720,7 +757,8 @@ async def _attach(
         )
         mine = []
         if sealed:
-            mine = [_new_memory(url, side, sealed=True)]
+            go_on = partial(_check_there, url, sock)
+            mine = [await _new_memory(url, side, sealed=True, go_on=go_on)]
             fds.extend(mine)
             half = _core.HalfChannel(url, 1, ring_size, mine[0], 0)
             _seal(mine[0])

@@ -292,7 +292,7 @@ async def test_many_silent_connectors_do_not_keep_others_out(name, monkeypatch):
             sock.close()
 
 
-@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("turns", range(10))
 async def test_listener_closes_during_a_rendezvous(name, turns):
     """However far it has come; nothing is leaked, nothing complains."""
     async with Endpoint("listener") as endpoint:
@@ -322,7 +322,7 @@ async def test_odd_ring_sizes_are_rounded_and_clamped(name, wanted, agreed):
         await settled(lambda: len(endpoint.links) == 1)
 
 
-@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("turns", range(10))
 async def test_rendezvous_is_cancelled(name, turns):
     """As at the end of asyncio.run(): wherever it is, its socket is closed."""
     async with Endpoint("listener") as endpoint:

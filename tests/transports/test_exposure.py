@@ -84,7 +84,7 @@ async def test_shared_memory_is_ours_alone_from_the_start(monkeypatch):
     monkeypatch.setattr(_core, "shm_unlink", unlink)
     with umask(0):
         for _ in range(2):
-            os.close(shm._new_memory("shm://x", PAGE, sealed=False))
+            os.close(await shm._new_memory("shm://x", PAGE, sealed=False, go_on=lambda: None))
     assert len({path for path, _about in seen}) == 2
     for path, about in seen:
         assert stat.S_IMODE(about.st_mode) == 0o600

@@ -19,8 +19,9 @@ import structlog
 
 import kucomms
 from kucomms import Endpoint, NotReadyError, ProtocolError, QueueFull, TransportError
+from tests.transports import raw_peer
 from tests.transports.peer_programs import number
-from tests.transports.processes import PATIENCE, Process
+from tests.transports.processes import PATIENCE, Process, descriptors
 from tests.transports.raw_peer import connect_by_hand
 from tests.transports.test_rendezvous import descriptors_left
 
@@ -326,6 +327,70 @@ async def test_a_flood_of_what_has_to_be_skipped(url, taken_by):
                 await receive(flooding)
             await until(lambda: received == [b"in the end"])
             turns.cancel()
+
+
+# ---- peers that ask for much memory ---------------------------------------------
+
+
+def memory_of_links():
+    """Bytes that the shared memory occupies which this process holds open."""
+    held = {}
+    for fd, what in descriptors().items():
+        if what.startswith("/dev/shm/kucomms-"):
+            with suppress(OSError):  # another thread has closed it meanwhile
+                about = os.fstat(fd)
+                held[about.st_ino] = about.st_blocks * 512
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("gone", ["at_once", "halfway", "at_the_end"])
+async def test_peers_that_ask_for_much_memory_and_hang_up(url, gone):
+    """It is taken bit by bit, given back, and nobody waits for it; who is gone gets nothing."""
+    name = url.removeprefix("shm://")
+    ring, count = 16 * MIB, 8
+    most = held = peak = 0
+
+    async def watch():
+        nonlocal most, held, peak
+        while True:
+            before, held = held, memory_of_links()
+            most, peak = max(most, held - before), max(peak, held)
+            await asyncio.sleep(0)
+
+    def knock():
+        """Greet, and say no more."""
+        sock = raw_peer.connect(name)
+        raw_peer.send(sock, raw_peer.record(raw_peer.HELLO, ring_size=ring))
+        return sock
+
+    async with Endpoint("asked") as endpoint, bounded() as turns:
+        endpoint.on_message(lambda message, link: link.reply(message, message.data))
+        await endpoint.listen(url)
+        async with kucomms.connect(url) as good:
+            await until(lambda: endpoint.links)
+            await asyncio.to_thread(lambda: None)
+            before = descriptors()
+            watching = asyncio.create_task(watch())
+            for _ in range(2):
+                knocking = [knock() for _ in range(count)]
+                began = turns()
+                if gone == "halfway":
+                    await until(lambda: held > count * ring // 4)
+                elif gone == "at_the_end":
+                    for sock in knocking:
+                        setup, fds = await asyncio.to_thread(raw_peer.receive, sock)
+                        os.close(*fds)
+                        assert setup.ring_size == ring
+                        await ask(good)
+                    assert turns() > began + count * 2 * ring // (5 * MIB)
+                for sock in knocking:
+                    sock.close()
+                await until(lambda: descriptors() == before)
+                await ask(good)
+            watching.cancel()
+        assert most <= 6 * MIB, f"{most / MIB:.1f} MiB between two turns of the loop"
+        assert (peak < MIB) == (gone == "at_once")
+        assert len(endpoint.links) <= 1
 
 
 # ---- many links, and a bad one --------------------------------------------------
