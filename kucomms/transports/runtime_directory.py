@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _BACKLOG = 1024
+_SHARED_MODE = 0o711
 _PATIENCE = 0.02
 """Seconds that we stand still at most for others to be done with the directory."""
 
@@ -84,9 +85,7 @@ def _make(url: str, path: str, shared: bool) -> int:
         with suppress(FileNotFoundError):
             return _open(url, path, os.geteuid(), shared)
         try:
-            os.mkdir(path, 0o700)
-            if shared:
-                os.chmod(path, 0o711)  # noqa: S103 - others have to get in
+            os.mkdir(path, _SHARED_MODE if shared else 0o700)
         except FileExistsError:
             continue
         except OSError as error:
@@ -116,10 +115,23 @@ def _locked(url: str, path: str, shared: bool) -> Iterator[int]:
                 time.sleep(0.001)
                 continue
             if _is_at(fd, path):
+                if shared:
+                    _let_others_pass(url, path, fd)
                 yield fd
                 return
         finally:
             os.close(fd)
+
+
+def _let_others_pass(url: str, path: str, fd: int) -> None:
+    """Not only when it is made: the umask may have kept them out, or somebody since."""
+    try:
+        if stat.S_IMODE(os.fstat(fd).st_mode) != _SHARED_MODE:
+            os.fchmod(fd, _SHARED_MODE)
+    except OSError as error:
+        raise os_error(
+            error.errno or 0, f"{url}: cannot let others pass through {path}"
+        ) from error
 
 
 class DirectoryLockedError(TransportError):

@@ -380,6 +380,28 @@ async def test_shared_directory_that_others_can_write(url):
         await endpoint.listen(url, allow={OTHER_USER})
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o711])
+async def test_shared_directory_lets_others_pass(url, mode):
+    """Whatever its mode was: a process may have been killed while it made it."""
+    options = json.dumps({"owner": 0, "timeout": PATIENCE})
+    os.mkdir(SHARED)
+    os.chmod(SHARED, mode)
+    async with Listening(url, allow={OTHER_USER}):
+        assert stat.S_IMODE(os.stat(SHARED).st_mode) == 0o711
+        with Process("connects_as_another", url, options) as process:
+            await process.says("echoed 0 ")
+    assert not os.path.exists(SHARED)
+
+
+async def test_shared_directory_does_not_depend_on_the_umask(url):
+    before = os.umask(0o077)
+    try:
+        async with Listening(url, allow={OTHER_USER}):
+            assert stat.S_IMODE(os.stat(SHARED).st_mode) == 0o711
+    finally:
+        os.umask(before)
+
+
 async def test_fallback_directory(url, name, monkeypatch):
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     fallback = f"/tmp/kucomms-{os.geteuid()}"
