@@ -74,8 +74,8 @@ _PIECE = 1 << 20
 """Bytes of memory that are allocated in one turn of the loop: about a millisecond's worth."""
 _MAKERS = 4
 """Rendezvous of a listener that allocate at once, each a piece in each turn."""
-_FDS = 4
-"""Descriptors that are looked at in one part of a record; more than may come."""
+_SETUP_FILES = 3
+"""Descriptors that come with a listener's answer at most: the memory and two doorbells."""
 
 
 class ShmConnection(Connection):
@@ -257,20 +257,23 @@ async def _receive_record(
     sock: socket.socket,
     pidfd: int,
     step: int,
-    fds: list[int] | None,
+    fds: list[int],
+    most: int,
     ended: asyncio.Future[None] | None = None,
 ) -> Any:
-    """The next record, and in ``fds`` the descriptors that came with it.
+    """The next record, and in ``fds`` the descriptors that came with it, at most so many.
 
-    None when there must not be any: then none is ever taken. To close a stranger's file can
-    block for as long as he likes, if it is of a file system of his own.
+    More are never taken: they cost, and to close a stranger's file can block for as long
+    as he likes, if it is of a file system of his own.
     ``ended``: when it is done, only what has arrived already is taken.
     """
     data = b""
     last = False
-    item = array.array("i")
-    space = 0 if fds is None else socket.CMSG_SPACE(item.itemsize * _FDS)
+    item = array.array("i").itemsize
     while len(data) < _RECORD_SIZE:
+        room = most - len(fds)
+        # CMSG_SPACE would have room for one more, where that aligns it.
+        space = socket.CMSG_LEN(item * room) if room else 0
         try:
             part, ancillary, flags, _address = sock.recvmsg(
                 _RECORD_SIZE - len(data), space, socket.MSG_CMSG_CLOEXEC
@@ -282,16 +285,14 @@ async def _receive_record(
             continue
         except OSError as error:
             raise _dropped(url, error.errno) from error
-        if fds is None and flags & socket.MSG_CTRUNC:
-            raise ProtocolError(f"{url}: the other side passed files that nobody asked for")
-        count = 0
         for level, kind, payload in ancillary:
-            if fds is not None and level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 passed = array.array("i")
-                passed.frombytes(payload[: len(payload) - len(payload) % item.itemsize])
+                passed.frombytes(payload[: len(payload) - len(payload) % item])
                 fds.extend(passed)
-                count += len(passed)
-        if flags & socket.MSG_CTRUNC and count < _FDS:
+        if flags & socket.MSG_CTRUNC:
+            if len(fds) == most:
+                raise ProtocolError(f"{url}: the other side passed files that nobody asked for")
             raise _core.os_error(errno.EMFILE, f"{url}: no descriptor for the link's memory")
         if not part:
             raise _dropped(url, errno.ECONNRESET)
@@ -565,7 +566,7 @@ class ShmListener(Listener):
             pidfd = peer_pidfd(sock, url)
             try:
                 wanted = await _receive_record(
-                    url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, None, self._ended
+                    url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, [], 0, self._ended
                 )
             except VersionError:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_VERSION)
@@ -644,7 +645,8 @@ class ShmListener(Listener):
                 sock,
                 pidfd,
                 lib.KUCOMMS_STEP_ATTACH,
-                None if own else passed,
+                passed,
+                0 if own else 1,
                 self._ended,
             )
             if own:
@@ -733,15 +735,16 @@ async def _attach(
             if error.errno not in _VANISHED:
                 raise
         # This answer proves that the pidfd is the peer's.
-        setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds)
+        most = _SETUP_FILES if uid == os.geteuid() else 1
+        setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds, most)
         _check_status(url, setup.status)
         ring_size = int(setup.ring_size)
         if not _is_ring_size(ring_size):
             raise ProtocolError(f"{url}: the other side says that the ring has {ring_size} bytes")
-        most = options.most(uid == os.geteuid())
-        if ring_size > most:
+        limit = options.most(uid == os.geteuid())
+        if ring_size > limit:
             raise ProtocolError(
-                f"{url}: the listener answers with {ring_size} bytes of ring, and {most} are the "
+                f"{url}: the listener answers with {ring_size} bytes of ring, and {limit} are the "
                 "most that we take; if you want more, give connect() a ring_size"
             )
         side = _core.side_size(ring_size)

@@ -399,6 +399,17 @@ def tampers_as_another(name, directory):
     sys.stdin.read()
 
 
+def passes_too_many_as_another(name, directory, *parts):
+    """Answers a listener byte by byte, with so many files each, and waits to be dropped."""
+    become_another_user()
+    sock = raw_peer.connect(name, directory)
+    raw_peer.send(sock, raw_peer.record(raw_peer.HELLO))
+    _setup, fds = raw_peer.receive(sock)
+    for count in parts:
+        raw_peer.send(sock, raw_peer.record(raw_peer.ATTACH)[:1], fds * int(count))
+    say("dropped" if raw_peer.is_closed(sock) else "not dropped")
+
+
 def _address_of(mapping):
     """Where a read-only mmap object lies."""
 

@@ -478,6 +478,28 @@ async def test_listener_may_give_what_was_asked_for_or_less(name, asked):
             (await accepting).close()
 
 
+@pytest.mark.parametrize("parts", [[4], [3, 1], [1, 1, 1, 1], [0, 253], [1, 3], [3, 0, 253]])
+async def test_listener_that_passes_too_many_files(name, parts):
+    """A few with each byte of a record: refused with the first that is one too many."""
+
+    def accept():
+        sock, _hello = fake.accept()
+        with sock, open("/dev/null") as file:
+            for count in parts:
+                raw_peer.send(sock, record(SETUP)[:1], [file.fileno()] * count)
+            assert is_closed(sock)
+
+    async with Endpoint("connector") as endpoint:
+        with RawListener(name) as fake:
+            await asyncio.to_thread(lambda: None)
+            before = descriptors()
+            accepting = asyncio.create_task(asyncio.to_thread(accept))
+            with pytest.raises(ProtocolError, match=f"shm://{name}: .*files"):
+                await endpoint.connect(f"shm://{name}", timeout=2 * PATIENCE)
+            await accepting
+            assert descriptors() == before
+
+
 @pytest.mark.parametrize("says", ["nothing", "half_a_record"])
 async def test_silent_listener(name, says):
     """Accepts, or does not even that, and never answers."""

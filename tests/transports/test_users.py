@@ -12,9 +12,11 @@ import shutil
 import stat
 
 import pytest
+import structlog
 
 import kucomms
 from kucomms import Endpoint, NotReadyError, PeerClosedError, ProtocolError, TransportError
+from kucomms.transports import shm
 from tests.transports.peer_programs import IDLE, OTHER_USER
 from tests.transports.processes import PATIENCE, Process, descriptors, objects_in_shm
 
@@ -268,6 +270,21 @@ async def test_another_user_does_not_decide_on_our_memory(url, name, asked, offe
                     await endpoint.connect(url, **options)
                 await process.says("dropped")
         assert await process.ended() == 0
+
+
+@pytest.mark.parametrize("parts", [[2], [1, 1], [0, 1, 3], [253]])
+async def test_other_user_passes_too_many_files(url, name, parts, monkeypatch):
+    """A few with each byte of a record: dropped with the first that is one too many."""
+    monkeypatch.setattr(shm, "HANDSHAKE_TIMEOUT", 10 * PATIENCE)
+    with structlog.testing.capture_logs() as logs:
+        async with Listening(url, allow={OTHER_USER}):
+            before = descriptors()
+            with Process("passes_too_many_as_another", name, SHARED, *parts) as process:
+                await process.says("dropped")
+                assert await process.ended() == 0
+            assert descriptors() == before
+    assert [entry["event"] for entry in logs] == ["peer_refused"]
+    assert "files" in logs[0]["error"]
 
 
 # ---- what others put in our way -------------------------------------------------
