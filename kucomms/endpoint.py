@@ -30,6 +30,7 @@ import structlog
 
 from kucomms import _core, transports
 from kucomms._core import MORE, OK, PAUSE
+from kucomms._log_limit import LogLimit
 from kucomms.exceptions import (
     ClosedError,
     KucommsError,
@@ -79,9 +80,6 @@ _GLANCE = 8
 """Messages between two looks at the clock."""
 _HOLD = 0.0002
 """Seconds after which the runner gives way to the loop."""
-_TRACEBACK_EVERY = 1.0
-"""Seconds between two tracebacks of a handler in the log: a peer that can make it raise must
-not keep the loop busy with printing them, which can take a tenth of a second each."""
 _running_for: ContextVar[Endpoint | None] = ContextVar("kucomms_running_for", default=None)
 """The endpoint in whose handler this is; tasks that a handler makes inherit it."""
 _POLL_SLICE = 50_000
@@ -181,7 +179,9 @@ class Endpoint:
         self._work_calls = 0
         self._timer_calls = 0
         self._handler_errors = 0
-        self._tracebacks: dict[str, float] = {}  # handler: when its last one was logged
+        # of each handler: a peer that can make it raise must not keep the loop busy with
+        # printing them, which can take a tenth of a second each
+        self._tracebacks: dict[str, LogLimit] = {}
         self._time_in_handlers = 0.0
         self._links_opened = 0
         self._links_closed = 0
@@ -756,12 +756,12 @@ class Endpoint:
 
     def _log_failure(self, error: BaseException, kind: str) -> None:
         """Log it, with a traceback unless there was one a moment ago."""
-        now = monotonic()
-        if now - self._tracebacks.get(kind, -math.inf) < _TRACEBACK_EVERY:
+        tracebacks = self._tracebacks.setdefault(kind, LogLimit())
+        if not tracebacks.due():
             _log.error("handler_failed", endpoint=self.name, handler=kind, error=repr(error))
             return
         _log.error("handler_failed", endpoint=self.name, handler=kind, exc_info=error)
-        self._tracebacks[kind] = monotonic()
+        tracebacks.logged()
 
     async def _handler_cancelled(self, error: asyncio.CancelledError, kind: str) -> None:
         """Tell whether we cancelled the handler, somebody the runner, or it is its own."""

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from kucomms._core import Channel
 
 __all__ = [
+    "RING_LIMIT",
     "Address",
     "ConnectOptions",
     "Connection",
     "ListenOptions",
     "Listener",
     "Peer",
-    "RING_LIMIT",
     "Transport",
 ]
 

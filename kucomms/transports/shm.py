@@ -27,6 +27,7 @@ import structlog
 
 from kucomms import _core
 from kucomms._core import CLOSED, FULL, PROTOCOL, drain_eventfd, drain_socket, lib, ring_socket
+from kucomms._log_limit import LogLimit
 from kucomms.exceptions import (
     BusyError,
     KucommsError,
@@ -258,6 +259,7 @@ async def _receive_record(
     pidfd: int,
     step: int,
     fds: list[int],
+    *,
     most: int,
     ended: asyncio.Future[None] | None = None,
 ) -> Any:
@@ -464,6 +466,7 @@ class ShmListener(Listener):
         self._handshakes: set[asyncio.Task[None]] = set()
         self._watching = False
         self._refusing = False  # it was logged that nobody can be accepted
+        self._refusals = LogLimit()  # of single peers: anybody may knock
         self._promised = 0  # links that are being set up
         self._making = asyncio.Semaphore(_MAKERS)
         self._pid = os.getpid()
@@ -493,7 +496,10 @@ class ShmListener(Listener):
                 self._loop.remove_reader(bound.sock.fileno())
 
     def _incoming(self, listening: socket.socket) -> None:
-        while len(self._handshakes) < HANDSHAKES:
+        for _ in range(HANDSHAKES):
+            if len(self._handshakes) >= HANDSHAKES:
+                self._watch(False)
+                return
             try:
                 sock, _address = listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -511,10 +517,17 @@ class ShmListener(Listener):
                 return
             self._refusing = False
             sock.setblocking(False)
-            task = self._loop.create_task(self._welcome(sock), name=f"kucomms {self.url}")
+            pid, uid = credentials(sock)
+            if uid != os.geteuid() and uid not in self._options.allow:
+                self._refuse(sock, lib.KUCOMMS_REFUSED_USER)
+                sock.close()
+                self._log_refused(f"{self.url}: user {uid} is not allowed")
+                continue
+            task = self._loop.create_task(
+                self._welcome(sock, pid, uid), name=f"kucomms {self.url}"
+            )
             self._handshakes.add(task)
             task.add_done_callback(partial(self._welcomed, sock))
-        self._watch(False)
 
     def _look_again(self) -> None:
         if not self._sockets:
@@ -536,37 +549,40 @@ class ShmListener(Listener):
                 {"message": f"{self.url}: rendezvous failed", "exception": task.exception()}
             )
 
-    async def _welcome(self, sock: socket.socket) -> None:
+    async def _welcome(self, sock: socket.socket, pid: int, uid: int) -> None:
         """One peer's rendezvous. A bad peer is dropped and disturbs nobody."""
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                connection = await self._rendezvous(sock)
+                connection = await self._rendezvous(sock, pid, uid)
             self._accept(connection)
         except (KucommsError, TimeoutError) as error:
             sock.close()
             # One who only looked whether somebody is there, or died, was not refused.
             if not isinstance(error, TransportError) or error.errno not in _VANISHED:
-                _log.warning("peer_refused", url=self.url, error=str(error) or "it said nothing")
+                self._log_refused(str(error) or "it said nothing")
         except BaseException:
             sock.close()
             raise
 
-    async def _rendezvous(self, sock: socket.socket) -> ShmConnection:
+    def _log_refused(self, error: str) -> None:
+        """Log it, unless one was a moment ago; ``others``: how many were not logged since."""
+        if self._refusals.due():
+            others = {"others": self._refusals.skipped} if self._refusals.skipped else {}
+            _log.warning("peer_refused", url=self.url, error=error, **others)
+            self._refusals.logged()
+
+    async def _rendezvous(self, sock: socket.socket, pid: int, uid: int) -> ShmConnection:
         url = self.url
         fds: list[int] = []
         pidfd = -1
         half = None
         promised = 0
         try:
-            pid, uid = credentials(sock)
             own = uid == os.geteuid()
-            if not own and uid not in self._options.allow:
-                self._refuse(sock, lib.KUCOMMS_REFUSED_USER)
-                raise TransportError(errno.EPERM, f"{url}: user {uid} is not allowed")
             pidfd = peer_pidfd(sock, url)
             try:
                 wanted = await _receive_record(
-                    url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, [], 0, self._ended
+                    url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, [], most=0, ended=self._ended
                 )
             except VersionError:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_VERSION)
@@ -646,8 +662,8 @@ class ShmListener(Listener):
                 pidfd,
                 lib.KUCOMMS_STEP_ATTACH,
                 passed,
-                0 if own else 1,
-                self._ended,
+                most=0 if own else 1,
+                ended=self._ended,
             )
             if own:
                 return half.attach(fd, side)
@@ -686,6 +702,9 @@ class ShmListener(Listener):
         # A peer that has finished its part has a link already, and keeps it.
         if self._handshakes:
             await asyncio.wait(self._handshakes)
+        if self._refusals.skipped:
+            _log.warning("peers_refused", url=self.url, others=self._refusals.skipped)
+            self._refusals.logged()
 
 
 # ---- connecting -------------------------------------------------------------
@@ -736,7 +755,7 @@ async def _attach(
                 raise
         # This answer proves that the pidfd is the peer's.
         most = _SETUP_FILES if uid == os.geteuid() else 1
-        setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds, most)
+        setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds, most=most)
         _check_status(url, setup.status)
         ring_size = int(setup.ring_size)
         if not _is_ring_size(ring_size):

@@ -410,6 +410,17 @@ def passes_too_many_as_another(name, directory, *parts):
     say("dropped" if raw_peer.is_closed(sock) else "not dropped")
 
 
+def knocks_as_another(name, directory, times):
+    """So often, and says how often it was refused."""
+    become_another_user()
+    refused = 0
+    for _ in range(int(times)):
+        with raw_peer.connect(name, directory) as sock:
+            answer, fds = raw_peer.receive(sock)
+            refused += (answer.status, fds) == (raw_peer.REFUSED_USER, [])
+    say(f"refused {refused}")
+
+
 def _address_of(mapping):
     """Where a read-only mmap object lies."""
 

@@ -8,9 +8,11 @@ import itertools
 import os
 import random
 import socket
+import time
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+import structlog
 
 from kucomms import (
     ClosedError,
@@ -235,6 +237,26 @@ async def test_bad_connector_is_dropped(name, act):
         await bystander.check()
         assert opened == []
         assert len(endpoint.links) == 1
+
+
+async def test_bad_connectors_do_not_fill_the_log(name):
+    """Those that we let in as far as their greeting: a line a second, and their number."""
+    count = 50
+
+    def connect():
+        for _ in range(count):
+            with raw_peer.connect(name) as sock:
+                raw_peer.send(sock, bytes(112))
+                assert is_closed(sock)
+
+    begin = time.monotonic()
+    with structlog.testing.capture_logs() as logs:
+        async with listening(name):
+            await asyncio.to_thread(connect)
+    lines = [entry for entry in logs if entry["event"] == "peer_refused"]
+    assert "no kucomms" in lines[0]["error"]
+    assert 1 <= len(lines) <= 1 + time.monotonic() - begin
+    assert len(lines) + sum(entry.get("others", 0) for entry in logs) == count
 
 
 @pytest.mark.parametrize("kind", ["version", "features"])

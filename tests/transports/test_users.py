@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import time
 
 import pytest
 import structlog
@@ -90,6 +91,24 @@ async def test_other_users_are_kept_out(url, allow):
         with Process("connects_as_another", url, json.dumps({"timeout": 0.2})) as process:
             assert await process.line() == f"TransportError {errno.EACCES}"
         assert not listening.opened.done()
+
+
+async def test_strangers_who_knock_do_not_fill_the_log(url, name):
+    """A line a second at most, and how many there were."""
+    count = 300
+    begin = time.monotonic()
+    with structlog.testing.capture_logs() as logs:
+        async with Listening(url, allow={1}) as listening:
+            with Process("knocks_as_another", name, SHARED, count) as process:
+                await process.says(f"refused {count}")
+            async with kucomms.connect(url, timeout=0) as link:
+                await link.send(b"x")
+                assert (await link.receive()).data == b"x"
+            assert listening.opened.result().peer.uid == os.geteuid()
+    lines = [entry for entry in logs if entry["event"] == "peer_refused"]
+    assert f"user {OTHER_USER} is not allowed" in lines[0]["error"]
+    assert 1 <= len(lines) <= 1 + time.monotonic() - begin
+    assert len(lines) + sum(entry.get("others", 0) for entry in logs) == count
 
 
 async def test_other_users_do_not_take_our_names(url):
