@@ -1656,20 +1656,33 @@ PyDoc_STRVAR(drain_socket_doc,
 "drain_socket(fd) -> status\n\n"
 "Take the doorbells off a socket, never blocking. OK: it is empty. FULL: there is\n"
 "more than can be read in one go. CLOSED: it has ended. PROTOCOL: there was\n"
-"something else than doorbells.");
+"something else than doorbells. If it was files, they are left in it: to drop one can\n"
+"block for as long as its owner likes.");
 
 static PyObject *drain_socket(PyObject *module, PyObject *fd)
 {
 	long number = PyLong_AsLong(fd);
+	struct msghdr message;
 	char bells[4096];
 	ssize_t size, at;
+	struct iovec part;
 	int round;
 
 	(void)module;
 	if (number == -1 && PyErr_Occurred())
 		return NULL;
 	for (round = 0; round < 64; round++) {
-		size = recv((int)number, bells, sizeof(bells), MSG_DONTWAIT);
+		memset(&message, 0, sizeof(message));
+		part.iov_base = bells;
+		part.iov_len = sizeof(bells);
+		message.msg_iov = &part;
+		message.msg_iovlen = 1;
+		size = recvmsg((int)number, &message, MSG_PEEK | MSG_DONTWAIT);
+		if (size > 0 && message.msg_flags & MSG_CTRUNC)
+			return from_status(PROTOCOL);
+		if (size > 0)
+			size = recv((int)number, bells, (size_t)size,
+				    MSG_DONTWAIT);
 		if (size < 0 && errno == EINTR)
 			continue;
 		if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))

@@ -162,7 +162,7 @@ class BoundSocket:
         self._url = url
         self._path = path
         self._name = name
-        self._shared = shared
+        self.shared = shared
         self._about = about
         self._spare = os.dup(sock.fileno())
 
@@ -172,7 +172,7 @@ class BoundSocket:
         If the directory stays locked, the name stays, and the next ``bind`` takes it over.
         """
         os.close(self._spare)  # so that there is one for the directory, if for nothing else
-        with suppress(OSError, TransportError), _locked(self._url, self._path, self._shared) as fd:
+        with suppress(OSError, TransportError), _locked(self._url, self._path, self.shared) as fd:
             with suppress(FileNotFoundError):
                 there = os.stat(self._name, dir_fd=fd, follow_symlinks=False)
                 if os.path.samestat(there, self._about):

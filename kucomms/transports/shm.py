@@ -45,6 +45,7 @@ from kucomms.transports.base import (
     ListenOptions,
     Peer,
 )
+from kucomms.transports.foreign_files import all_hang, close_files, close_socket
 from kucomms.transports.peer_process import credentials, peer_pidfd
 from kucomms.transports.runtime_directory import (
     BoundSocket,
@@ -98,6 +99,7 @@ class ShmConnection(Connection):
         self._sock: socket.socket | None = sock
         self._pidfd = pidfd
         self._bells = bells
+        self._foreign = peer.uid != os.geteuid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken: Callable[[], None]
         self._gone: Callable[[KucommsError | None], None]
@@ -169,7 +171,10 @@ class ShmConnection(Connection):
             self._loop.remove_reader(self._pidfd)
             if bells is not None:
                 self._loop.remove_reader(bells[0])
-        sock.close()
+        if self._foreign and not self.channel.forked:
+            close_socket(sock)
+        else:
+            sock.close()
         _close_all([self._pidfd, *(bells or ())])
 
 
@@ -265,8 +270,8 @@ async def _receive_record(
 ) -> Any:
     """The next record, and in ``fds`` the descriptors that came with it, at most so many.
 
-    More are never taken: they cost, and to close a stranger's file can block for as long
-    as he likes, if it is of a file system of his own.
+    More are never taken, nor dropped: see ``foreign_files``. Those that are taken are held
+    before the record's part is, so that this does not drop the last hold on them.
     ``ended``: when it is done, only what has arrived already is taken.
     """
     data = b""
@@ -278,7 +283,7 @@ async def _receive_record(
         space = socket.CMSG_LEN(item * room) if room else 0
         try:
             part, ancillary, flags, _address = sock.recvmsg(
-                _RECORD_SIZE - len(data), space, socket.MSG_CMSG_CLOEXEC
+                _RECORD_SIZE - len(data), space, socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             if last:
@@ -298,7 +303,7 @@ async def _receive_record(
             raise _core.os_error(errno.EMFILE, f"{url}: no descriptor for the link's memory")
         if not part:
             raise _dropped(url, errno.ECONNRESET)
-        data += part
+        data += sock.recv(len(part))
     return _check_record(url, data, step)
 
 
@@ -444,6 +449,13 @@ def _close_all(fds: list[int]) -> None:
     fds.clear()
 
 
+def _hang_up(sock: socket.socket, uid: int) -> None:
+    if uid != os.geteuid():
+        close_socket(sock)
+    else:
+        sock.close()
+
+
 # ---- listening --------------------------------------------------------------
 
 
@@ -464,7 +476,7 @@ class ShmListener(Listener):
         self._loop = asyncio.get_running_loop()
         self._sockets: list[BoundSocket] = []
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._watching = False
+        self._watched: set[BoundSocket] = set()
         self._refusing = False  # it was logged that nobody can be accepted
         self._refusals = LogLimit()  # of single peers: anybody may knock
         self._promised = 0  # links that are being set up
@@ -485,23 +497,26 @@ class ShmListener(Listener):
                 ) from error
             raise
 
-    def _watch(self, on: bool) -> None:
-        if on == self._watching:
-            return
-        self._watching = on
-        for bound in self._sockets:
-            if on:
-                self._loop.add_reader(bound.sock.fileno(), self._incoming, bound.sock)
-            else:
+    def _watch(self, on: bool, *only: BoundSocket) -> None:
+        for bound in only or self._sockets:
+            if on and bound not in self._watched:
+                self._loop.add_reader(bound.sock.fileno(), self._incoming, bound)
+                self._watched.add(bound)
+            elif not on and bound in self._watched:
+                self._watched.remove(bound)
                 self._loop.remove_reader(bound.sock.fileno())
 
-    def _incoming(self, listening: socket.socket) -> None:
+    def _incoming(self, bound: BoundSocket) -> None:
         for _ in range(HANDSHAKES):
             if len(self._handshakes) >= HANDSHAKES:
                 self._watch(False)
                 return
+            if bound.shared and all_hang():
+                self._watch(False, bound)
+                self._loop.call_later(0.1, self._look_again)
+                return
             try:
-                sock, _address = listening.accept()
+                sock, _address = bound.sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -520,14 +535,14 @@ class ShmListener(Listener):
             pid, uid = credentials(sock)
             if uid != os.geteuid() and uid not in self._options.allow:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_USER)
-                sock.close()
+                _hang_up(sock, uid)
                 self._log_refused(f"{self.url}: user {uid} is not allowed")
                 continue
             task = self._loop.create_task(
                 self._welcome(sock, pid, uid), name=f"kucomms {self.url}"
             )
             self._handshakes.add(task)
-            task.add_done_callback(partial(self._welcomed, sock))
+            task.add_done_callback(partial(self._welcomed, sock, uid))
 
     def _look_again(self) -> None:
         if not self._sockets:
@@ -538,10 +553,10 @@ class ShmListener(Listener):
             self._watch(False)
             self._loop.call_later(0.1, self._look_again)
 
-    def _welcomed(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+    def _welcomed(self, sock: socket.socket, uid: int, task: asyncio.Task[None]) -> None:
         self._handshakes.discard(task)
         if task.cancelled():
-            sock.close()  # the task may not even have begun
+            _hang_up(sock, uid)  # the task may not even have begun
         if len(self._handshakes) < HANDSHAKES:
             self._look_again()
         if not task.cancelled() and task.exception() is not None:
@@ -556,12 +571,12 @@ class ShmListener(Listener):
                 connection = await self._rendezvous(sock, pid, uid)
             self._accept(connection)
         except (KucommsError, TimeoutError) as error:
-            sock.close()
+            _hang_up(sock, uid)
             # One who only looked whether somebody is there, or died, was not refused.
             if not isinstance(error, TransportError) or error.errno not in _VANISHED:
                 self._log_refused(str(error) or "it said nothing")
         except BaseException:
-            sock.close()
+            _hang_up(sock, uid)
             raise
 
     def _log_refused(self, error: str) -> None:
@@ -670,7 +685,7 @@ class ShmListener(Listener):
             theirs = _check_memory(self.url, passed, side, sealed=True)
             return half.attach(theirs, 0)
         finally:
-            _close_all(passed)
+            close_files(passed)
 
     def _check_wanted(self, sock: socket.socket) -> None:
         """Raises when nobody waits for our answer any more."""
@@ -683,8 +698,7 @@ class ShmListener(Listener):
             _send_record(self.url, sock, _record(lib.KUCOMMS_STEP_SETUP, status=status))
 
     def _close_sockets(self) -> None:
-        if self._watching:
-            self._watch(False)
+        self._watch(False)
         for bound in self._sockets:
             bound.close()
         self._sockets.clear()
@@ -731,6 +745,7 @@ async def _attach(
     fds: list[int] = []
     pidfd = -1
     half = None
+    foreign = False
     try:
         pid, uid = credentials(sock)
         expected = os.geteuid() if options.owner is None else options.owner
@@ -754,13 +769,14 @@ async def _attach(
             if error.errno not in _VANISHED:
                 raise
         # This answer proves that the pidfd is the peer's.
-        most = _SETUP_FILES if uid == os.geteuid() else 1
+        foreign = uid != os.geteuid()
+        most = 1 if foreign else _SETUP_FILES
         setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds, most=most)
         _check_status(url, setup.status)
         ring_size = int(setup.ring_size)
         if not _is_ring_size(ring_size):
             raise ProtocolError(f"{url}: the other side says that the ring has {ring_size} bytes")
-        limit = options.most(uid == os.geteuid())
+        limit = options.most(own=not foreign)
         if ring_size > limit:
             raise ProtocolError(
                 f"{url}: the listener answers with {ring_size} bytes of ring, and {limit} are the "
@@ -768,7 +784,7 @@ async def _attach(
             )
         side = _core.side_size(ring_size)
         sealed = bool(setup.flags & lib.KUCOMMS_SEALED)
-        if uid != os.geteuid() and not sealed:
+        if foreign and not sealed:
             raise ProtocolError(f"{url}: another user's listener must offer sealed memory")
         bells = None
         if setup.flags & lib.KUCOMMS_EVENTFDS and not sealed:
@@ -799,6 +815,8 @@ async def _attach(
             raise
         raise _core.os_error(error.errno or 0, f"{url}: cannot set up the link") from error
     finally:
+        if foreign:
+            close_files(fds)
         _close_all(fds)
         if half is not None:
             half.close()
@@ -852,6 +870,7 @@ class ShmTransport:
     async def connect(self, address: Address, options: ConnectOptions) -> Connection:
         loop = asyncio.get_running_loop()
         once = options.timeout is not None and options.timeout <= 0
+        uid = os.geteuid() if options.owner is None else options.owner
         give_up = None if options.timeout is None else loop.time() + options.timeout
         silent = None
         while True:
@@ -867,7 +886,7 @@ class ShmTransport:
                 async with asyncio.timeout_at(limit):
                     return await _attach(address, options, sock)
             except TransportError as error:
-                sock.close()
+                _hang_up(sock, uid)
                 # The listener went between accepting and greeting: as if it had not been.
                 if error.errno not in _VANISHED:
                     raise
@@ -875,7 +894,7 @@ class ShmTransport:
                     raise _nobody(address) from error
                 silent = error
             except TimeoutError as error:
-                sock.close()
+                _hang_up(sock, uid)
                 if isinstance(error, KucommsError):
                     raise
                 raise NotReadyError(
@@ -883,7 +902,7 @@ class ShmTransport:
                     "the listener blocked?"
                 ) from None
             except BaseException:
-                sock.close()
+                _hang_up(sock, uid)
                 raise
             try:
                 async with asyncio.timeout_at(give_up):

@@ -421,6 +421,63 @@ def knocks_as_another(name, directory, times):
     say(f"refused {refused}")
 
 
+def lingering_file():
+    """A socket whose last close blocks, for half a minute or until its other end goes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        sock = socket.socket()
+        sock.connect(listener.getsockname())
+        other, _address = listener.accept()
+    sock.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(1 << 16))
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+    return sock.detach(), other
+
+
+def sealed_side(ring_size):
+    """Memory of a connecting side, as it should be."""
+    fd = raw_peer.memory(raw_peer.side_size(ring_size), seals=True)
+    os.pwrite(fd, raw_peer.geometry(1, ring_size), 0)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, raw_peer.SEALS)
+    return fd
+
+
+def passes_lingering_as_another(name, directory, when, count=1):
+    """Passes files that block who closes them, somewhere in the rendezvous or after it."""
+    become_another_user()
+    kept = []
+    say("ready")
+    # Told so that nobody takes the file before we have given up ours: the last one blocks.
+    sys.stdin.readline()
+    for _ in range(int(count)):
+        fd, other = lingering_file()
+        sock = raw_peer.connect(name, directory)
+        kept += [sock, other]
+        if when == "hello":
+            raw_peer.send(sock, raw_peer.record(raw_peer.HELLO), [fd])
+        else:
+            raw_peer.send(sock, raw_peer.record(raw_peer.HELLO))
+            setup, _fds = raw_peer.receive(sock)
+            say("set up")
+            sys.stdin.readline()
+            attach = raw_peer.record(raw_peer.ATTACH)
+            side = sealed_side(setup.ring_size)
+            if when == "memory":
+                raw_peer.send(sock, attach, [fd])
+            elif when == "besides":
+                raw_peer.send(sock, attach, [side, fd])
+            else:
+                raw_peer.send(sock, attach, [side])
+                raw_peer.send(sock, b"\x01", [fd])
+        os.close(fd)
+    say("passed")
+    sys.stdin.read()
+
+
 def _address_of(mapping):
     """Where a read-only mmap object lies."""
 
@@ -465,7 +522,7 @@ def offers_as_another(name, flaw, ring_size=mmap.PAGESIZE):
         sock, _address = listener.accept()
         raw_peer.receive(sock)
         size = raw_peer.side_size(ring_size)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10
+        seals = raw_peer.SEALS
         flags = raw_peer.SEALED
         if flaw == "unsealed memory":
             seals = 0
@@ -478,6 +535,9 @@ def offers_as_another(name, flaw, ring_size=mmap.PAGESIZE):
             size += size
         elif flaw == "wrong size":
             size += mmap.PAGESIZE
+        files, other = [], None
+        if flaw.startswith("lingering"):
+            *files, other = lingering_file()
         fd = raw_peer.memory(size, seals=True)
         os.pwrite(fd, raw_peer.geometry(0, ring_size), 0)
         if flaw == "no memfd":
@@ -487,12 +547,24 @@ def offers_as_another(name, flaw, ring_size=mmap.PAGESIZE):
             os.pwrite(fd, raw_peer.geometry(0, ring_size), 0)
         elif seals:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        raw_peer.send(sock, raw_peer.record(raw_peer.SETUP, ring_size=ring_size, flags=flags), [fd])
+        if flaw == "lingering besides":
+            files.insert(0, fd)
+        setup = raw_peer.record(raw_peer.SETUP, ring_size=ring_size, flags=flags)
+        if files:
+            say("asked")
+            sys.stdin.readline()
+        raw_peer.send(sock, setup, files or [fd])
+        for file in files:
+            os.close(file)
+        if files:
+            say("passed")
         try:
             _attach, fds = raw_peer.receive(sock)
             say(f"attached {len(fds)}")
         except (EOFError, ConnectionResetError):
             say("dropped")
+        if other is not None:
+            sys.stdin.read()
     finally:
         os.unlink(path)
         os.rmdir(directory)

@@ -71,6 +71,19 @@ class Process:
         line = await self.line()
         assert line == expected, f"process {self.pid} said {line!r} instead of {expected!r}"
 
+    def does(self, told, expected):
+        """Tell it, and wait until it says that it is done, with the loop standing still."""
+        self.tell(told)
+        stdout = self._popen.stdout.fileno()
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([stdout], [], [], PATIENCE)
+            assert ready, f"process {self.pid} says nothing"
+            data = os.read(stdout, 65536)
+            assert data, f"process {self.pid} ended"
+            self._buffer += data
+        line, _newline, self._buffer = self._buffer.partition(b"\n")
+        assert line.decode() == expected
+
     def tell(self, line=""):
         """Write a line to its standard input."""
         self._popen.stdin.write(line.encode() + b"\n")

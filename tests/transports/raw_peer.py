@@ -6,6 +6,7 @@ Its methods block; those that need an answer of this process's loop run in a thr
 """
 
 import array
+import fcntl
 import mmap
 import os
 import random
@@ -19,6 +20,7 @@ HELLO, SETUP, ATTACH = 1, 2, 3
 ACCEPTED, REFUSED_BUSY, REFUSED_VERSION, REFUSED_MEMORY, REFUSED_USER = range(5)
 SEALED = 1
 EVENTFDS = 2
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # FUTURE_WRITE
 BUSY, DISCARD, REPLY = 1, 2, 4
 HEADER = 32
 PAGE = mmap.PAGESIZE

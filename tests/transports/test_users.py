@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: ASYNC230, ASYNC240
+# ruff: noqa: ASYNC110, ASYNC230, ASYNC240
 """Processes of other users: kept out, or let in over memory that protects both."""
 
 import asyncio
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 import time
 
 import pytest
@@ -249,7 +250,7 @@ async def test_flawed_memory_of_another_user_is_refused(url, name, flaw):
             before = descriptors()
             with pytest.raises(ProtocolError):
                 await endpoint.connect(url, timeout=PATIENCE, owner=OTHER_USER)
-            assert descriptors() == before
+            await until(lambda: descriptors() == before)  # what is no memory, by a thread
         await process.says("dropped")
         assert await process.ended() == 0
 
@@ -301,9 +302,90 @@ async def test_other_user_passes_too_many_files(url, name, parts, monkeypatch):
             with Process("passes_too_many_as_another", name, SHARED, *parts) as process:
                 await process.says("dropped")
                 assert await process.ended() == 0
-            assert descriptors() == before
+            await until(lambda: descriptors() == before)
     assert [entry["event"] for entry in logs] == ["peer_refused"]
     assert "files" in logs[0]["error"]
+
+
+# ---- files that block who closes them -------------------------------------------
+
+
+def hanging():
+    """How many threads wait for such a file."""
+    return sum(thread.name == "kucomms closes a file" for thread in threading.enumerate())
+
+
+async def until(condition):
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("when", "allowed"),
+    [("hello", False), ("hello", True), ("memory", True), ("besides", True), ("doorbell", True)],
+)
+async def test_files_of_other_users_do_not_block_us(url, name, when, allowed):
+    """Whoever passes them, and when: the loop goes on while they are closed."""
+    async with Listening(url) as own, Listening(f"{url}_", allow={OTHER_USER if allowed else 1}):
+        await asyncio.to_thread(lambda: None)
+        async with kucomms.connect(url, timeout=0) as link:
+            await own.opened
+            before = descriptors()
+            arguments = "passes_lingering_as_another", f"{name}_", SHARED, when
+            with Process(*arguments) as process:
+                await process.says("ready")
+                if when != "hello":
+                    process.tell()
+                    await process.says("set up")
+                process.does("pass it", "passed")
+                during = descriptors()
+                async with asyncio.timeout(PATIENCE / 2):  # it blocks for longer
+                    await until(lambda: hanging() == 1)
+                    for _ in range(20):
+                        await link.send(b"x")
+                        assert (await link.receive()).data == b"x"
+                assert len(descriptors()) <= len(during) + 1
+                assert hanging() == 1
+            await until(lambda: not hanging() and descriptors() == before)
+
+
+async def test_strangers_cannot_make_us_keep_many_files(url, name):
+    """Who is of our own user is let in meanwhile; the others wait, for those who knock."""
+    async with Listening(url, allow={1}) as listening:
+        await asyncio.to_thread(lambda: None)
+        before = descriptors()
+        with Process("passes_lingering_as_another", name, SHARED, "hello", 30) as process:
+            await process.says("ready")
+            process.does("pass them", "passed")
+            await until(lambda: hanging() == 16)
+            async with asyncio.timeout(PATIENCE / 2), kucomms.connect(url, timeout=0) as link:
+                await link.send(b"x")
+                assert (await link.receive()).data == b"x"
+            assert hanging() == 16
+            assert await listening.closed is None
+        await until(lambda: not hanging() and descriptors() == before)
+
+
+@pytest.mark.parametrize("flaw", ["lingering", "lingering besides"])
+async def test_files_of_a_listener_of_another_user_do_not_block_us(url, name, flaw):
+    async with Endpoint("root") as endpoint:
+        await asyncio.to_thread(lambda: None)
+        before = descriptors()
+        with Process("offers_as_another", name, flaw) as process:
+            await process.says("ready")
+            async with asyncio.timeout(PATIENCE / 2):
+                connecting = asyncio.create_task(
+                    endpoint.connect(url, timeout=PATIENCE, owner=OTHER_USER)
+                )
+                await process.says("asked")
+                process.does("pass it", "passed")
+                with pytest.raises(ProtocolError):
+                    await connecting
+                await process.says("dropped")
+            assert hanging() == 1
+            process.tell()
+        await until(lambda: not hanging() and descriptors() == before)
 
 
 # ---- what others put in our way -------------------------------------------------
