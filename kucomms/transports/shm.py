@@ -303,7 +303,10 @@ async def _receive_record(
             raise _core.os_error(errno.EMFILE, f"{url}: no descriptor for the link's memory")
         if not part:
             raise _dropped(url, errno.ECONNRESET)
-        data += sock.recv(len(part))
+        try:
+            data += sock.recv(len(part))
+        except OSError as error:
+            raise _dropped(url, error.errno) from error
     return _check_record(url, data, step)
 
 
@@ -315,6 +318,8 @@ def _check_there(url: str, sock: socket.socket) -> None:
     except BlockingIOError:
         return
     except OSError as error:
+        if error.errno not in _VANISHED:
+            return  # who cannot look will see it later
         raise _dropped(url, error.errno) from error
     raise _dropped(url, errno.ECONNRESET)
 
@@ -532,7 +537,12 @@ class ShmListener(Listener):
                 return
             self._refusing = False
             sock.setblocking(False)
-            pid, uid = credentials(sock)
+            try:
+                pid, uid = credentials(sock)
+            except OSError as error:
+                _hang_up(sock, -1)  # of whomever
+                self._log_refused(f"{self.url}: who it is cannot be told: {error}")
+                continue
             if uid != os.geteuid() and uid not in self._options.allow:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_USER)
                 _hang_up(sock, uid)
