@@ -40,11 +40,10 @@ def test_echo(url):
 def test_requests():
     code, out = run("requests.py")
     assert code == 0
-    assert [line.split(",")[0] for line in out.splitlines()] == [
-        "second: fast second",
-        "third: fast third",
-        "first: slow first",
-    ]
+    *fast, slow = (line.split(",")[0] for line in out.splitlines())
+    # Both may come at once, and then either task may be the first to go on.
+    assert sorted(fast) == ["second: fast second", "third: fast third"]
+    assert slow == "first: slow first"
 
 
 def test_threads():
