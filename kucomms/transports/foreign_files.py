@@ -23,33 +23,20 @@ _THREADS = 16
 _LOOKS = 64
 """Parts of what is unread that are looked at before a socket is closed."""
 
-_lock = threading.Lock()
-_running = 0
+_NAME = "kucomms closes a file"
 
 
 def all_hang() -> bool:
     """Whether there are as many threads as there should be."""
-    return _running >= _THREADS
+    return sum(thread.name == _NAME for thread in threading.enumerate()) >= _THREADS
 
 
 def _apart(close: Callable[[], None]) -> None:
     """Call it in a thread that nobody waits for, not even the end of the process."""
-    global _running  # noqa: PLW0603 - of the process, as its threads are
-
-    def run() -> None:
-        global _running  # noqa: PLW0603
-        try:
-            close()
-        finally:
-            with _lock:
-                _running -= 1
-
-    with _lock:
-        _running += 1
     try:
-        threading.Thread(target=run, name="kucomms closes a file", daemon=True).start()
+        threading.Thread(target=close, name=_NAME, daemon=True).start()
     except RuntimeError:  # no more threads
-        run()
+        close()
 
 
 def close_files(fds: list[int]) -> None:

@@ -825,9 +825,7 @@ async def _attach(
             raise
         raise _core.os_error(error.errno or 0, f"{url}: cannot set up the link") from error
     finally:
-        if foreign:
-            close_files(fds)
-        _close_all(fds)
+        (close_files if foreign else _close_all)(fds)
         if half is not None:
             half.close()
         if pidfd >= 0:

@@ -11,6 +11,8 @@ import os
 import select
 import struct
 
+from tests.transports.raw_peer import DiscardingProducer
+
 MAGIC = 0x736D6D6F63756B
 VERSION = 1
 IOC = 0xE7
@@ -155,7 +157,7 @@ def open_device(name, flags=os.O_RDWR):
     return os.open(f"/dev/kucomms_{name}", flags | os.O_CLOEXEC)
 
 
-class RawDevice:
+class RawDevice(DiscardingProducer):
     """A channel, both sides mapped: it can write everything that is not the kernel's alone."""
 
     def __init__(self, name, **fields):
@@ -216,16 +218,6 @@ class RawDevice:
     def released(self):
         """How far the kernel has read."""
         return self.read64(2 * PAGE)
-
-    def fill_with_discarded(self):
-        """The whole ring; to be called with nothing in it."""
-        frame = struct.pack("<4Q", DISCARD << 32, 0, 0, 0)
-        self.write_data(0, frame * (self.ring_size // HEADER))
-
-    def refill(self):
-        """As if everything that was read were there again."""
-        self.position = self.released + self.ring_size
-        self.publish()
 
     def set_state(self, state):
         ctypes.c_uint32.from_address(self.own + PAGE + 256).value = state

@@ -136,7 +136,21 @@ def runtime_path():
     return os.path.join(os.environ["XDG_RUNTIME_DIR"], "kucomms")
 
 
-class RawPeer:
+class DiscardingProducer:
+    """What a producer written by hand can do without end, over whatever memory."""
+
+    def fill_with_discarded(self):
+        """The whole ring; to be called with nothing in it."""
+        frame = struct.pack("<4Q", DISCARD << 32, 0, 0, 0)
+        self.write_data(0, frame * (self.ring_size // HEADER))
+
+    def refill(self):
+        """As if everything that was read were there again."""
+        self.position = self.released + self.ring_size
+        self.publish()
+
+
+class RawPeer(DiscardingProducer):
     """One side of a channel: it can write everything that is not ours alone."""
 
     def __init__(self, sock, fd, own, ring_size):
@@ -193,16 +207,6 @@ class RawPeer:
     def released(self):
         """How far the other side has read."""
         return self.read64(self.offset(2, 1 - self.own))
-
-    def fill_with_discarded(self):
-        """The whole ring; to be called with nothing in it."""
-        frame = struct.pack("<4Q", DISCARD << 32, 0, 0, 0)
-        self.write_data(0, frame * (self.ring_size // HEADER))
-
-    def refill(self):
-        """As if everything that was read were there again."""
-        self.position = self.released + self.ring_size
-        self.publish()
 
     def park_for_space(self, epoch):
         self.write64(self.offset(1) + 128, epoch)
