@@ -991,6 +991,25 @@ static void test_hostile_final(void)
 	pair_close(&pair);
 }
 
+/* A producer that said it is gone, and goes on, is heard once more and no more. */
+static void test_hostile_after_the_end(void)
+{
+	struct pair pair;
+
+	pair_open(&pair, 0);
+	CHECK(send_pattern(&pair, 10, 1) >= 0);
+	receive_pattern(&pair, 10, 1);
+	CHECK(send_pattern(&pair, 20, 2) >= 0);
+	kucomms_channel_close(&pair.a, KUCOMMS_STATE_CLOSED);
+	pair.b.rx.final = 1;
+	CHECK(send_pattern(&pair, 30, 3) >= 0);
+	receive_pattern(&pair, 20, 2);
+	CHECK(send_pattern(&pair, 40, 4) >= 0);
+	receive_pattern(&pair, 30, 3);
+	expect_empty(&pair);
+	pair_close(&pair);
+}
+
 static void expect_refused(struct pair *pair)
 {
 	uint64_t before = pair->a.protocol_errors;
@@ -1179,6 +1198,7 @@ static const struct {
 	{ "hostile_frame", test_hostile_frame },
 	{ "hostile_frame_at_end", test_hostile_frame_at_end },
 	{ "hostile_final", test_hostile_final },
+	{ "hostile_after_the_end", test_hostile_after_the_end },
 	{ "hostile_consumer", test_hostile_consumer },
 	{ "hostile_consumer_passes_loan", test_hostile_consumer_passes_loan },
 	{ "geometry", test_geometry },

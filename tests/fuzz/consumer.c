@@ -11,9 +11,10 @@
 enum { PINS = 8, LOANS = 4 };
 
 static struct {
-	uint64_t published, available, received, bytes, errors, rings, releases;
+	uint64_t published, available, last, received, bytes, errors, rings, releases;
 	struct kucomms_view view;
 	int has_view;
+	int all_seen;
 	struct kucomms_pin pins[PINS];
 	int pinned[PINS];
 	struct kucomms_frame *loan[LOANS];
@@ -43,6 +44,8 @@ static void check_all(void)
 	CHECK(c->available - c->published <= RING_SIZE);
 	CHECK(c->position - c->published <= c->available - c->published);
 	CHECK(c->high_water <= RING_SIZE);
+	/* What the producer adds after its end is not read. */
+	CHECK(!s.all_seen || c->available == s.last);
 	CHECK(raw_consumer->position == c->published);
 	CHECK(raw_consumer->parked == c->parked);
 	/* What is pinned was not given back. */
@@ -71,6 +74,10 @@ static void peek(void)
 	CHECK(watched_loads <= 1);
 	/* Two for each frame that is skipped; some of a message, or of none. */
 	CHECK(accesses <= 5 + 2 * (KUCOMMS_SKIP_MOST - 1));
+	if (c->final && watched_loads && err != -EPROTO && !s.all_seen) {
+		s.all_seen = 1;
+		s.last = c->available;
+	}
 	s.has_view = !err;
 	s.errors += err == -EPROTO;
 	CHECK(err == -EAGAIN || err == -EPROTO || err == KUCOMMS_SKIPPED ||

@@ -94,6 +94,12 @@ PLANTS = (
         "if (++skipped == 0)",
     ),
     Plant(
+        "served-after-its-end",
+        "consumer",
+        "if (c->all_seen)\n\t\treturn 0;",
+        "",
+    ),
+    Plant(
         "pins-given-back",
         "pair",
         "__u64 end = kucomms_pins_oldest(&c->pins, c->position);",

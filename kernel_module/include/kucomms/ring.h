@@ -148,6 +148,7 @@ struct kucomms_ring_producer {
  * @pins: borrowed frames
  * @high_water: most bytes seen waiting
  * @final: the producer is gone for good: busy frames will not be committed
+ * @all_seen: the last look at the producer's position was made
  */
 struct kucomms_ring_consumer {
 	struct kucomms_consumer *own;
@@ -162,6 +163,7 @@ struct kucomms_ring_consumer {
 	struct kucomms_pin pins;
 	__u64 high_water;
 	int final;
+	int all_seen;
 };
 
 /**
@@ -496,6 +498,7 @@ kucomms_ring_consumer_init(struct kucomms_ring_consumer *c,
 	c->rung = 0;
 	c->high_water = 0;
 	c->final = 0;
+	c->all_seen = 0;
 	kucomms_pins_init(&c->pins);
 }
 
@@ -510,20 +513,29 @@ kucomms_ring_peer_state(const struct kucomms_ring_consumer *c)
 	return smp_load_acquire(&c->peer->state);
 }
 
-/* Look how far the producer is. -EPROTO when it is where it cannot be. */
+/*
+ * Look how far the producer is. -EPROTO when it is where it cannot be.
+ *
+ * A producer can say that it is gone and go on writing. So the first look with
+ * final set is the last one.
+ */
 static inline int
 kucomms_ring_refresh_available(struct kucomms_ring_consumer *c)
 {
+	__u64 seen;
+
+	if (c->all_seen)
+		return 0;
 	/*
 	 * pairs with smp_store_release() in kucomms_ring_move()
 	 * model: transfer.pml WITHOUT_AVAILABLE_ACQUIRE
 	 */
-	__u64 seen = smp_load_acquire(&c->peer->position);
-
+	seen = smp_load_acquire(&c->peer->position);
 	if (seen & (KUCOMMS_FRAME_ALIGN - 1) || seen - c->published > c->size ||
 	    seen - c->published < c->available - c->published)
 		return -EPROTO;
 	c->available = seen;
+	c->all_seen = c->final;
 	if (seen - c->position > c->high_water)
 		c->high_water = seen - c->position;
 	return 0;
