@@ -7,7 +7,7 @@
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/module.h>
-#include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -103,75 +103,134 @@ static void answer_setup(struct kucomms_setup *setup,
 	memcpy(setup->hello, options->hello, options->hello_length);
 }
 
-/* The ring that the endpoint gives to who asks for @asked bytes; -ENOTCONN. */
-static int agree_on_ring_size(struct kucomms_device *device, u64 asked,
-			      u64 *ring_size)
+/**
+ * struct kucomms_terms - what a channel has to be like for an endpoint
+ * @endpoint: its serial
+ * @ring_size: of each ring
+ * @flags: its options
+ */
+struct kucomms_terms {
+	u64 endpoint;
+	u64 ring_size;
+	u32 flags;
+};
+
+/* The terms of the endpoint for who asks for rings of @asked bytes; -ENOTCONN. */
+static int ask_for_terms(struct kucomms_device *device, u64 asked,
+			 struct kucomms_terms *terms)
 {
-	struct kucomms_endpoint *endpoint;
+	const struct kucomms_endpoint_options *options;
 	int err = -ENOTCONN;
 
 	mutex_lock(&kucomms_lock);
-	endpoint = device->endpoint;
-	if (endpoint) {
-		u64 limit = endpoint->options.max_ring_size;
-
-		if (!asked)
-			asked = endpoint->options.ring_size;
-		*ring_size = roundup_pow_of_two(clamp_t(u64, asked, PAGE_SIZE,
-							limit));
+	if (device->endpoint) {
+		options = &device->endpoint->options;
+		terms->endpoint = device->endpoint->serial;
+		asked = clamp_t(u64, asked ?: options->ring_size, PAGE_SIZE,
+				options->max_ring_size);
+		terms->ring_size = roundup_pow_of_two(asked);
+		terms->flags = options->flags;
 		err = 0;
 	}
 	mutex_unlock(&kucomms_lock);
 	return err;
 }
 
-static int set_up(struct kucomms_file *kfile, struct kucomms_setup *setup)
+/* All that is allocated for a channel, charged to the caller. */
+static int prepare(struct kucomms_file *kfile,
+		   const struct kucomms_terms *terms,
+		   struct kucomms_channel **channel,
+		   struct kucomms_runner **runner)
 {
-	struct kucomms_endpoint_options options;
-	struct kucomms_endpoint *endpoint;
-	struct kucomms_channel *channel;
-	u8 hello[KUCOMMS_HELLO_MAX];
-	u64 ring_size;
 	int err;
 
-	err = agree_on_ring_size(kfile->device, setup->ring_size, &ring_size);
-	if (err)
-		return err;
-	channel = kucomms_channel_new(ring_size);
-	if (IS_ERR(channel))
-		return PTR_ERR(channel);
-	channel->pid = task_tgid_nr(current);
-	channel->uid = current_euid();
-	channel->hello_length = setup->hello_length;
-	memcpy(channel->hello, setup->hello, setup->hello_length);
+	*runner = NULL;
+	*channel = kucomms_channel_new(terms->ring_size);
+	if (IS_ERR(*channel))
+		return PTR_ERR(*channel);
+	if (!(terms->flags & KUCOMMS_THREAD_PER_CHANNEL))
+		return 0;
+	*runner = kucomms_runner_new(kfile->device->name);
+	if (IS_ERR(*runner)) {
+		err = PTR_ERR(*runner);
+		goto err_put;
+	}
+	if (terms->flags & KUCOMMS_RX_IN_PLACE)
+		return 0;
+	err = kucomms_runner_grow(*runner, *channel, GFP_KERNEL_ACCOUNT);
+	if (!err)
+		return 0;
+
+	kucomms_runner_stop(*runner);
+err_put:
+	kucomms_channel_put(*channel);
+	return err;
+}
+
+/*
+ * Give what was prepared to the endpoint that it was prepared for, and tell of
+ * that one. Return: 0, -ENOTCONN, -EBUSY, -ESTALE when there is another by now.
+ */
+static int hand_over(struct kucomms_file *kfile,
+		     const struct kucomms_terms *terms,
+		     struct kucomms_channel *channel,
+		     struct kucomms_runner *runner, struct kucomms_setup *setup)
+{
+	struct kucomms_endpoint *endpoint;
+	int err = -ENOTCONN;
 
 	mutex_lock(&kucomms_lock);
 	endpoint = kfile->device->endpoint;
-	err = -ENOTCONN;
-	if (endpoint) {
-		options = endpoint->options;
-		memcpy(hello, endpoint->hello, sizeof(hello));
-		options.hello = hello;
-		err = kucomms_endpoint_attach(endpoint, channel);
-	}
+	if (endpoint && endpoint->serial != terms->endpoint)
+		err = -ESTALE;
+	else if (endpoint)
+		err = kucomms_endpoint_attach(endpoint, channel, runner);
+	if (!err)
+		answer_setup(setup, channel, &endpoint->options);
 	mutex_unlock(&kucomms_lock);
+	return err;
+}
+
+static int set_up(struct kucomms_file *kfile, struct kucomms_setup *setup)
+{
+	struct kucomms_channel *channel;
+	struct kucomms_runner *runner;
+	struct kucomms_terms terms;
+	int err;
+
+	do {
+		err = ask_for_terms(kfile->device, setup->ring_size, &terms);
+		if (!err)
+			err = prepare(kfile, &terms, &channel, &runner);
+		if (err)
+			return err;
+		channel->pid = task_tgid_nr(current);
+		channel->uid = current_euid();
+		channel->hello_length = setup->hello_length;
+		memcpy(channel->hello, setup->hello, setup->hello_length);
+		err = hand_over(kfile, &terms, channel, runner, setup);
+		if (err) {
+			if (runner)
+				kucomms_runner_stop(runner);
+			kucomms_channel_put(channel);
+		}
+		/* Each time round, an endpoint went and another came. */
+	} while (err == -ESTALE && !fatal_signal_pending(current));
 	if (err)
-		goto err_put;
+		return err;
+
+	kucomms_debugfs_add(channel, kfile->device->name);
 	err = wait_for_completion_killable(&channel->opened);
 	if (!err)
 		err = channel->open_result;
 	if (err) {
 		kucomms_channel_user_gone(channel);
-		goto err_put;
+		kucomms_channel_put(channel);
+		return err;
 	}
-	answer_setup(setup, channel, &options);
 	/* pairs with smp_load_acquire() in channel_of() */
 	smp_store_release(&kfile->channel, channel);
 	return 0;
-
-err_put:
-	kucomms_channel_put(channel);
-	return err;
 }
 
 static long ioctl_setup(struct kucomms_file *kfile, void __user *argument)

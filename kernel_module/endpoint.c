@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Endpoints: registering, unregistering, and who gets a new channel. */
 
-#include <linux/kthread.h>
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -11,7 +10,7 @@
 
 LIST_HEAD(kucomms_endpoints);
 
-static u64 next_serial;		/* kucomms_lock */
+static u64 last_serial;		/* kucomms_lock */
 
 static struct kucomms_endpoint *find_endpoint(const char *name)
 {
@@ -98,11 +97,15 @@ kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 	if (err)
 		goto err_free;
 	if (!(endpoint->options.flags & KUCOMMS_THREAD_PER_CHANNEL)) {
-		runner = kucomms_runner_new(endpoint, true);
+		runner = kucomms_runner_new(name);
 		if (IS_ERR(runner)) {
 			err = PTR_ERR(runner);
 			goto err_free;
 		}
+		endpoint->shared = runner;
+		kucomms_runner_start(runner, endpoint);
+		/* Stopped before it has begun, it would shut nothing down. */
+		wait_for_completion(&runner->started);
 	}
 
 	mutex_lock(&kucomms_lock);
@@ -112,6 +115,7 @@ kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 		goto err_stop;
 	}
 	list_add_tail(&endpoint->list, &kucomms_endpoints);
+	endpoint->serial = ++last_serial;
 	atomic_inc(&kucomms_alive.endpoints);
 	endpoint->device = kucomms_find_device(name);
 	if (endpoint->device) {
@@ -122,10 +126,8 @@ kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 	return endpoint;
 
 err_stop:
-	if (endpoint->shared) {
-		kthread_stop(endpoint->shared->task);
-		kucomms_runner_free(endpoint->shared);
-	}
+	if (endpoint->shared)
+		kucomms_runner_stop(endpoint->shared);
 err_free:
 	kfree(endpoint);
 	return ERR_PTR(err);
@@ -160,10 +162,8 @@ int kucomms_unregister(struct kucomms_endpoint *endpoint)
 	}
 	mutex_unlock(&kucomms_lock);
 
-	if (endpoint->shared) {
-		kthread_stop(endpoint->shared->task);
-		kucomms_runner_free(endpoint->shared);
-	}
+	if (endpoint->shared)
+		kucomms_runner_stop(endpoint->shared);
 	wait_event(endpoint->wait, list_empty_careful(&endpoint->runners));
 	/* Who woke us still has the lock: let it finish. */
 	mutex_lock(&kucomms_lock);
@@ -205,36 +205,29 @@ void *kucomms_priv(struct kucomms_endpoint *endpoint)
 }
 EXPORT_SYMBOL_GPL(kucomms_priv);
 
-/* Give a new channel to its endpoint. kucomms_lock is held. */
+/*
+ * Give a new channel to its endpoint. kucomms_lock is held, so nothing is
+ * allocated here: a user at the limit of his memory would let the others wait.
+ * @runner: the channel's own, or NULL
+ */
 int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
-			    struct kucomms_channel *channel)
+			    struct kucomms_channel *channel,
+			    struct kucomms_runner *runner)
 {
 	const struct kucomms_endpoint_options *options = &endpoint->options;
-	struct kucomms_runner *runner = endpoint->shared;
-	int err;
 
 	if (options->max_channels &&
 	    atomic_read(&endpoint->channels) >= options->max_channels)
 		return -EBUSY;
-	if (!runner) {
-		runner = kucomms_runner_new(endpoint, false);
-		if (IS_ERR(runner))
-			return PTR_ERR(runner);
-		/* Here, where it is charged to the user whose channel it is. */
-		err = kucomms_runner_grow(runner, channel, GFP_KERNEL_ACCOUNT);
-		if (err) {
-			kthread_stop(runner->task);
-			kucomms_runner_free(runner);
-			return err;
-		}
+	if (runner) {
 		list_add_tail(&runner->list, &endpoint->runners);
+		kucomms_runner_start(runner, endpoint);
 	}
 	atomic_inc(&endpoint->channels);
 	atomic_inc(&endpoint->device->channels);
 	channel->device = endpoint->device;
 	channel->endpoint = endpoint;
-	channel->serial = ++next_serial;
-	kucomms_debugfs_add(channel, endpoint->name);
-	kucomms_runner_attach(runner, channel);
+	channel->serial = ++last_serial;
+	kucomms_runner_attach(runner ?: endpoint->shared, channel);
 	return 0;
 }

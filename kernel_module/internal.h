@@ -77,6 +77,7 @@ struct kucomms_device {
  * struct kucomms_endpoint - who has registered
  * @list: in kucomms_endpoints
  * @name: of the device that it belongs to, which may not be there yet
+ * @serial: tells it from those that had this name before
  * @device: when it is there
  * @ops: the callbacks
  * @options: with all defaults filled in
@@ -91,6 +92,7 @@ struct kucomms_device {
 struct kucomms_endpoint {
 	struct list_head list;
 	char name[KUCOMMS_DEVICE_NAME_MAX + 1];
+	u64 serial;
 	struct kucomms_device *device;
 	const struct kucomms_endpoint_ops *ops;
 	struct kucomms_endpoint_options options;
@@ -291,8 +293,10 @@ bool kucomms_channel_room(struct kucomms_channel *channel);
 void kucomms_channel_stop_sending(struct kucomms_channel *channel);
 
 /* runner.c */
-struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
-					  bool shared);
+struct kucomms_runner *kucomms_runner_new(const char *name);
+void kucomms_runner_start(struct kucomms_runner *runner,
+			  struct kucomms_endpoint *endpoint);
+void kucomms_runner_stop(struct kucomms_runner *runner);
 void kucomms_runner_free(struct kucomms_runner *runner);
 int kucomms_runner_grow(struct kucomms_runner *runner,
 			struct kucomms_channel *channel, gfp_t gfp);
@@ -303,7 +307,8 @@ bool kucomms_runner_is_current(struct kucomms_endpoint *endpoint);
 
 /* endpoint.c */
 int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
-			    struct kucomms_channel *channel);
+			    struct kucomms_channel *channel,
+			    struct kucomms_runner *runner);
 
 /* debugfs.c */
 void kucomms_debugfs_init(void);

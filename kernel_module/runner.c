@@ -165,8 +165,7 @@ int kucomms_runner_grow(struct kucomms_runner *runner,
 	size_t size = channel->ring_size - KUCOMMS_HEADER_SIZE;
 	void *buffer;
 
-	if (runner->endpoint->options.flags & KUCOMMS_RX_IN_PLACE ||
-	    size <= runner->buffer_size)
+	if (size <= runner->buffer_size)
 		return 0;
 	buffer = kvmalloc(size, gfp | __GFP_NOWARN | __GFP_RETRY_MAYFAIL);
 	if (!buffer)
@@ -188,9 +187,10 @@ static void open_channel(struct kucomms_runner *runner,
 		.hello_length = channel->hello_length,
 		.hello = channel->hello,
 	};
-	int err;
+	int err = 0;
 
-	err = kucomms_runner_grow(runner, channel, GFP_KERNEL);
+	if (!(endpoint->options.flags & KUCOMMS_RX_IN_PLACE))
+		err = kucomms_runner_grow(runner, channel, GFP_KERNEL);
 	if (!err && endpoint->ops->open)
 		err = endpoint->ops->open(channel, &peer);
 	/* What is no errno, or would have the system call begun again. */
@@ -654,15 +654,21 @@ void kucomms_runner_free(struct kucomms_runner *runner)
 	atomic_dec(&kucomms_alive.runners);
 }
 
+/* End a thread that serves nobody, and free the runner. */
+void kucomms_runner_stop(struct kucomms_runner *runner)
+{
+	kthread_stop(runner->task);
+	kucomms_runner_free(runner);
+}
+
 /**
- * kucomms_runner_new - start a thread
- * @endpoint: whose callbacks it calls
- * @shared: it serves all channels, not one
+ * kucomms_runner_new - make a thread, charged to the caller
+ * @name: of the thread
  *
- * Return: the runner or an error pointer.
+ * To follow: kucomms_runner_start(), or kucomms_runner_stop() when it is not to
+ * be. Return: the runner or an error pointer.
  */
-struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
-					  bool shared)
+struct kucomms_runner *kucomms_runner_new(const char *name)
 {
 	struct kucomms_runner *runner;
 	struct task_struct *task;
@@ -677,20 +683,22 @@ struct kucomms_runner *kucomms_runner_new(struct kucomms_endpoint *endpoint,
 	INIT_LIST_HEAD(&runner->drained);
 	init_completion(&runner->started);
 	INIT_WORK(&runner->reap, reap_runner);
-	runner->endpoint = endpoint;
-	task = kthread_create(runner_main, runner, "%s", endpoint->name);
+	task = kthread_create(runner_main, runner, "%s", name);
 	if (IS_ERR(task)) {
 		kfree(runner);
 		return ERR_CAST(task);
 	}
 	runner->task = get_task_struct(task);
 	atomic_inc(&kucomms_alive.runners);
-	if (shared)
-		endpoint->shared = runner;
-	wake_up_process(task);
-	/* A thread that is stopped before it has begun would shut nothing down. */
-	wait_for_completion(&runner->started);
 	return runner;
+}
+
+/* Let it call the callbacks of this endpoint. Does not sleep. */
+void kucomms_runner_start(struct kucomms_runner *runner,
+			  struct kucomms_endpoint *endpoint)
+{
+	runner->endpoint = endpoint;
+	wake_up_process(runner->task);
 }
 
 /* Have a new channel opened and served. Takes a reference. */
