@@ -3,20 +3,22 @@
 # Usage: kernel-sanitized.sh kasan|kcsan [--build-only | arguments of tools/guest.py]
 #
 # Builds Linux 6.12 with checkers into build/sanitized/ and runs tools/guest.py on it. kasan:
-# KASAN, UBSAN, lockdep, kmemleak, sleep checks, allocations that fail; kcsan: KCSAN, UBSAN. A
-# build takes about ten minutes on two cores, once for each version of Debian's source package
-# and of our configuration.
+# KASAN, lockdep, kmemleak, sleep checks, checks of objects' lives, allocations that fail; kcsan:
+# KCSAN. Both: preemption, UBSAN, checks of lists and of copies to user space. A build takes about
+# ten minutes on two cores, once for each version of our configuration; for a newer source package
+# remove build/sanitized.
 set -eu
 cd "$(dirname "$0")/.."
 
 CHECKER=${1:-}
 case $CHECKER in
 kasan)
-	WANTED="KASAN KASAN_VMALLOC UBSAN PROVE_LOCKING DEBUG_ATOMIC_SLEEP DEBUG_KMEMLEAK FAILSLAB
-		FAIL_PAGE_ALLOC FAULT_INJECTION_STACKTRACE_FILTER"
+	WANTED="KASAN KASAN_VMALLOC PROVE_LOCKING DEBUG_ATOMIC_SLEEP DEBUG_KMEMLEAK DEBUG_VM
+		DEBUG_OBJECTS_FREE DEBUG_OBJECTS_TIMERS DEBUG_OBJECTS_WORK DEBUG_OBJECTS_RCU_HEAD
+		FAILSLAB FAIL_PAGE_ALLOC FAULT_INJECTION_STACKTRACE_FILTER"
 	;;
 kcsan)
-	WANTED="KCSAN KCSAN_STRICT KCSAN_WEAK_MEMORY KCSAN_INTERRUPT_WATCHER UBSAN"
+	WANTED="KCSAN KCSAN_STRICT KCSAN_WEAK_MEMORY KCSAN_INTERRUPT_WATCHER"
 	;;
 *)
 	sed -n '3,9s/^# \{0,1\}//p' "$0" >&2
@@ -76,7 +78,8 @@ if [ "$(cat $CONFIG)" != "$(cat "$TREE/built" 2>/dev/null)" ]; then
 			make -C "$TREE" olddefconfig
 	} >"$log" 2>&1 || { tail -n 30 "$log" >&2; exit 1; }
 	# Options that lost a dependency disappear in silence, and the checks with them.
-	for wanted in $WANTED IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD; do
+	for wanted in $WANTED PREEMPT UBSAN UBSAN_SHIFT HARDENED_USERCOPY DEBUG_LIST \
+		IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD DM_DELAY BLK_DEV_RAM; do
 		grep -q "^CONFIG_$wanted=y" "$TREE/.config" ||
 			{ echo "CONFIG_$wanted is off in $TREE/.config" >&2; exit 1; }
 	done
