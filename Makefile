@@ -28,7 +28,7 @@ help:
 	@echo "make soak-kernel the same in a guest with Linux 6.12, kernel:// included"
 	@echo "make fuzz        hostile peers against the ring, 10^7 times; ARGS='--runs 100000000'"
 	@echo "make fuzz-coverage"
-	@echo "                 what of the ring and the channel the fuzzer's stored inputs reach"
+	@echo "                 what of ring.h and channel.h the stored inputs and the C tests reach"
 	@echo "make stress      the ring between threads for ten minutes, under the thread sanitizer"
 	@echo "make faults      kill, stop and make fail one side at each point of each step; ARGS=--help"
 	@echo "make lint        ruff and mypy"

@@ -147,7 +147,8 @@ def _measured(build: Path) -> list[str | Path]:
     """Run all there is to be measured. Return: what llvm-cov wants to know."""
     make("coverage", build=build)
     folders = {target: unpack(target, build / "replay" / target) for target in TARGETS}
-    commands = {f"{target}_coverage": ["-runs=0", folders[target]] for target in TARGETS}
+    replay = ["-runs=0", f"-artifact_prefix={build}/"]
+    commands = {f"{target}_coverage": [*replay, folders[target]] for target in TARGETS}
     commands |= {"setup_coverage": [], "ring_test_coverage": []}
     for program, options in commands.items():
         subprocess.run(
