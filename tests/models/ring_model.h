@@ -102,7 +102,7 @@
 /* What is private to the sides, and the doorbells: they order nothing. */
 byte tx_position, tx_consumed, tx_parked, tx_wanted, tx_rung;
 byte rx_position, rx_published, rx_available, rx_parked, rx_rung;
-bit tx_bell, rx_bell, final, refreshed, skipped;
+bit tx_bell, rx_bell, final, all_seen, refreshed, skipped;
 
 /* What was meant by each message, for the consumer's assertions. */
 bit dropped[MESSAGES];
@@ -229,10 +229,11 @@ inline peek()
 	skipped = 0;
 	refreshed = 0;
 	do
-	:: rx_position == rx_available && refreshed -> break
-	:: rx_position == rx_available && !refreshed ->
+	:: rx_position == rx_available && (refreshed || all_seen) -> break
+	:: rx_position == rx_available && !refreshed && !all_seen ->
 		refreshed = 1;
-		refresh_available()
+		refresh_available();
+		all_seen = final
 	:: else ->
 		peek_load(CONTROL(rx_position), seen);
 		assert(seen != 0);
