@@ -10,7 +10,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan
 
-.PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
+.PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-kernel-sanitized"
 	@echo "                 the same in kernels with KASAN, lockdep, kmemleak and failing allocations,"
 	@echo "                 and with KCSAN; builds both first; CHECKERS=kasan for one of them"
+	@echo "make kernel-plants"
+	@echo "                 bugs planted in the module, which those tests and kernels have to find"
 	@echo "make bench       bench-user, then bench-kernel"
 	@echo "make bench-user  kucomms and its peers between two processes; ARGS=--quick takes a minute"
 	@echo "make bench-kernel"
@@ -81,6 +83,11 @@ test-kernel: setup
 test-kernel-sanitized: setup
 	@sh tools/install-kernel-packages.sh
 	set -e; for checker in $(CHECKERS); do sh tools/kernel-sanitized.sh $$checker; done
+
+kernel-plants: setup
+	@sh tools/install-kernel-packages.sh
+	set -e; for checker in $(CHECKERS); do sh tools/kernel-sanitized.sh $$checker --build-only; done
+	$(BIN)/python -m tests.kernel.plants $(ARGS)
 
 bench-kernel: setup
 	@sh tools/install-kernel-packages.sh

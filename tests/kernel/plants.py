@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""Bugs to plant in a copy of the kernel module: a test or a checker has to find each of them.
+
+\b
+    python -m tests.kernel.plants               # all, some minutes each
+    python -m tests.kernel.plants --only leak
+    python -m tests.kernel.plants --list
+
+Exit code 0: all found; 1: one was not, or the guest failed for another reason.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[2]
+COPY = ROOT / "build/planted"
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One bug: ``old`` is replaced by ``new`` in ``file``, below kernel_module/."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """What is run, as pytest's arguments below tests/kernel."""
+    told: str
+    """What the run then prints: a regular expression."""
+    kernel: str = "6.12"
+    """Or a sanitized one: kasan, kcsan."""
+
+
+PLANTS = (
+    Plant(
+        "uninitialised-pages",
+        "channel.c",
+        "GFP_KERNEL_ACCOUNT | __GFP_ZERO |",
+        "GFP_KERNEL_ACCOUNT |",
+        "test_disclosure.py -k fresh_pages",
+        r"FAILED .*test_fresh_pages_are_empty",
+    ),
+    Plant(
+        "no-turns-of-others",
+        "internal.h",
+        "#define KUCOMMS_BATCH\t\t64\t/* messages of a channel in a row, */\n"
+        "#define KUCOMMS_BATCH_BYTES\tSZ_256K",
+        "#define KUCOMMS_BATCH\t\tINT_MAX\n#define KUCOMMS_BATCH_BYTES\tSZ_1G",
+        "test_overload.py -k one_channel_floods",
+        r"FAILED .*test_one_channel_floods",
+    ),
+    Plant(
+        "writable-for-the-wrong-side",
+        "channel.c",
+        "\t\tif (vma->vm_flags & VM_WRITE)\n\t\t\treturn -EACCES;\n",
+        "",
+        "test_hostile.py -k rights_of_each_page",
+        r"FAILED .*test_rights_of_each_page",
+    ),
+    Plant(
+        "mapping-beyond-the-end",
+        "channel.c",
+        "first >= sides ||\n\t    count > sides - first)",
+        "first >= sides + count)",
+        "test_hostile.py -k more_than_there_is",
+        r"FAILED .*test_more_than_there_is|BUG:|general protection|Bad page",
+    ),
+    Plant(
+        "never-unregistered-device",
+        "main.c",
+        "\tdevice_destroy(&kucomms_class,\n\t\t       MKDEV(MAJOR(first_number), "
+        "device->minor));\n\tfree_device(device);\n\treturn 0;",
+        "\tfree_device(device);\n\treturn 0;",
+        "test_lifecycle.py -k 200_devices",
+        r"FAILED .*test_200_devices",
+    ),
+    Plant(
+        "leak",
+        "channel.c",
+        "\tkvfree(channel->pages);\n",
+        "",
+        "test_lifecycle.py -k child_outlives",
+        r"unreferenced object|suspected memory leak",
+        kernel="kasan",
+    ),
+    Plant(
+        "use-after-free",
+        "runner.c",
+        "\tkucomms_channel_get(channel);\n\traw_spin_lock_irq(",
+        "\traw_spin_lock_irq(",
+        "test_lifecycle.py -k child_outlives",
+        r"use-after-free|refcount_t:|ODEBUG",
+        kernel="kasan",
+    ),
+    Plant(
+        "sleeps-under-a-lock",
+        "channel.c",
+        "\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n\tif (message->length",
+        "\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n\tmight_sleep();\n\tif (message->length",
+        "test_kernel_api.py -k echo",
+        r"sleeping function called from invalid context|[Ii]nvalid wait context",
+        kernel="kasan",
+    ),
+    Plant(
+        "locks-in-two-orders",
+        "device.c",
+        "\tmutex_lock(&kucomms_lock);\n\tkfile->device->opens--;",
+        "\tmutex_lock(&kucomms_lock);\n\tmutex_lock(&kfile->lock);\n"
+        "\tmutex_unlock(&kfile->lock);\n\tkfile->device->opens--;",
+        "test_lifecycle.py -k child_outlives",
+        r"possible circular locking",
+        kernel="kasan",
+    ),
+    Plant(
+        "data-race",
+        "include/kucomms/ring.h",
+        "WRITE_ONCE(c->rung, epoch);",
+        "c->rung = epoch;",
+        "test_kernel_api.py -k senders_in_every_context",
+        r"BUG: KCSAN: .*kucomms",
+        kernel="kcsan",
+    ),
+)
+
+
+def copy() -> None:
+    """Make a tree of what is tracked and of what was built for Python."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    built = [str(path.relative_to(ROOT)) for path in ROOT.glob("kucomms/_core/*.so")]
+    for name in [*filter(None, listed.stdout.split("\0")), *built]:
+        target = COPY / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    (COPY / ".venv").symlink_to(sys.prefix)
+    (COPY / "build").mkdir()
+    (COPY / "build/sanitized").symlink_to(ROOT / "build/sanitized")
+
+
+def find(plant: Plant) -> tuple[bool, str]:
+    """Run the tests with the bug; whether it was found, and what was printed."""
+    file = COPY / "kernel_module" / plant.file
+    text = file.read_text()
+    if text.count(plant.old) != 1:
+        raise click.ClickException(f"{plant.name}: not once in {plant.file}: {plant.old}")
+    first, *rest = plant.tests.split()
+    tests = ["--", "python", "-m", "pytest", "-x", f"tests/kernel/{first}", *rest]
+    if plant.kernel in ("kasan", "kcsan"):
+        command = ["sh", "tools/kernel-sanitized.sh", plant.kernel, *tests]
+    else:
+        command = [sys.executable, "tools/guest.py", "--kernel", plant.kernel, *tests]
+    file.write_text(text.replace(plant.old, plant.new))
+    try:
+        done = subprocess.run(
+            command,
+            cwd=COPY,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    finally:
+        file.write_text(text)
+    found = done.returncode == 1 and re.search(plant.told, done.stdout) is not None
+    return found, done.stdout
+
+
+def names(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> list[Plant]:
+    """The plants of these names, or all."""
+    known = {plant.name: plant for plant in PLANTS}
+    for name in given:
+        if name not in known:
+            raise click.BadParameter(f"{name}: there are {', '.join(known)}")
+    return [known[name] for name in given] or list(PLANTS)
+
+
+@click.command(help=__doc__)
+@click.option("--only", "plants", multiple=True, callback=names, help="These alone.")
+@click.option("--list", "only_list", is_flag=True, help="Say which there are, and end.")
+@click.option("--json", "as_json", is_flag=True, help="The result on stdout.")
+def main(plants: list[Plant], only_list: bool, as_json: bool) -> None:
+    table = Table("planted in", "bug", "kernel", "found by", "")
+    results = []
+    if not only_list:
+        copy()
+    for plant in plants:
+        found = None
+        if not only_list:
+            with console.status(f"{plant.name}: {plant.tests}"):
+                found, output = find(plant)
+            console.print(f"{plant.name}: {'found' if found else 'NOT FOUND'}")
+            if not found:
+                console.print(output, markup=False, highlight=False)
+        results.append({**asdict(plant), "found": found})
+        mark = {True: "found", False: "NOT FOUND", None: ""}[found]
+        table.add_row(plant.file, plant.name, plant.kernel, plant.tests, mark)
+    if as_json:
+        click.echo(json.dumps(results))
+    else:
+        Console().print(table)
+    if any(result["found"] is False for result in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
