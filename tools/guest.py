@@ -44,7 +44,7 @@ SOURCES = ("kernel_module", "examples/kernel", "tests/kernel/module")
 MODULES = Path("/lib/modules")
 BOOT = Path("/boot")
 BIN = Path(sys.prefix, "bin")
-DEFAULT_COMMAND = ("python", "-m", "pytest", "tests/kernel")
+DEFAULT_COMMAND = ("python", "-m", "pytest", "--durations=15", "tests/kernel")
 
 # The host's file system once more, with a cache: what programs are started from does not change
 # meanwhile, and without one each component of each path that Python tries is asked of the host.
