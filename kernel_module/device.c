@@ -303,27 +303,43 @@ static bool wait_is_over(struct kucomms_channel *channel, u32 wanted)
 	return wait_events(channel, wanted) || ended(channel);
 }
 
+/*
+ * What wait_event_interruptible_hrtimeout() does; but that macro would have us
+ * read the timer's sleeper while the timer writes it.
+ */
 static int sleep_until_rung(struct kucomms_channel *channel, u32 wanted,
-			    ktime_t timeout)
+			    s64 timeout_ns)
 {
+	ktime_t end = ktime_add_safe(ktime_get(), ns_to_ktime(timeout_ns));
+	struct wait_queue_entry entry;
+	bool expired = false;
 	int err;
 
-	err = wait_event_interruptible_hrtimeout(channel->wait,
-						 wait_is_over(channel, wanted),
-						 timeout);
-	if (err == -ETIME)
-		return -ETIMEDOUT;
+	init_wait_entry(&entry, 0);
+	for (;;) {
+		err = prepare_to_wait_event(&channel->wait, &entry,
+					    TASK_INTERRUPTIBLE);
+		if (wait_is_over(channel, wanted)) {
+			err = 0;
+			break;
+		}
+		if (!err && expired)
+			err = -ETIMEDOUT;
+		if (err)
+			break;
+		expired = !schedule_hrtimeout_range(timeout_ns < 0 ? NULL : &end,
+						    current->timer_slack_ns,
+						    HRTIMER_MODE_ABS);
+	}
+	finish_wait(&channel->wait, &entry);
 	/* Started again, it would wait for the whole time again. */
-	if (err == -ERESTARTSYS && timeout != KTIME_MAX)
-		return -EINTR;
-	return err;
+	return err == -ERESTARTSYS && timeout_ns >= 0 ? -EINTR : err;
 }
 
 static long ioctl_wait(struct file *file, struct kucomms_channel *channel,
 		       void __user *argument)
 {
 	struct kucomms_wait wait;
-	ktime_t timeout;
 	int err;
 
 	if (copy_from_user(&wait, argument, sizeof(wait)))
@@ -334,9 +350,7 @@ static long ioctl_wait(struct file *file, struct kucomms_channel *channel,
 	if (!wait_is_over(channel, wait.events)) {
 		if (file->f_flags & O_NONBLOCK)
 			return -EAGAIN;
-		timeout = wait.timeout_ns < 0 ? KTIME_MAX :
-						ns_to_ktime(wait.timeout_ns);
-		err = sleep_until_rung(channel, wait.events, timeout);
+		err = sleep_until_rung(channel, wait.events, wait.timeout_ns);
 		if (err)
 			return err;
 	}
