@@ -10,6 +10,7 @@ import mmap
 import os
 import select
 import struct
+from pathlib import Path
 
 from tests.transports.raw_peer import DiscardingProducer
 
@@ -21,6 +22,7 @@ DATA, SPACE = 1, 2
 HEADER = 32
 PAGE = mmap.PAGESIZE
 PATIENCE = 60.0
+DEBUG = Path("/sys/kernel/debug/kucomms")
 """Seconds; the guest may be emulated."""
 
 READ, WRITE, EXEC = 1, 2, 4
@@ -271,7 +273,16 @@ class RawDevice(DiscardingProducer):
         self.close()
 
 
+def _counts(path):
+    return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}
+
+
 def counters():
     """What is alive in the module: {what: how many}."""
-    with open("/sys/kernel/debug/kucomms/alive") as file:
-        return {line.split()[0]: int(line.split()[1]) for line in file}
+    return _counts(DEBUG / "alive")
+
+
+def channel_counters(name):
+    """Those of the only channel of a device."""
+    (path,) = DEBUG.glob(f"kucomms_{name}.*")
+    return _counts(path)

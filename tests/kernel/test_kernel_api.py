@@ -15,7 +15,7 @@ import pytest
 
 import kucomms
 from kucomms import BusyError, PeerClosedError, ShutdownError, TransportError
-from tests.kernel.raw_device import PAGE, PATIENCE, RawDevice, counters
+from tests.kernel.raw_device import PAGE, PATIENCE, RawDevice, channel_counters, counters
 
 LOOPS = ["asyncio"]  # what is tested is the kernel
 
@@ -210,7 +210,7 @@ async def test_the_only_sender(name, ring_size):
         asked = asyncio.ensure_future(ask(link, Do.UNLOCKED, count))
         if link.ring_size == PAGE:
             async with asyncio.timeout(PATIENCE):
-                while link.rx_free >= HEADER + 256 and not asked.done():
+                while not channel_counters(name)["full"] and not asked.done():
                     await asyncio.sleep(0)
         for number in range(count):
             message = await next_message(link)

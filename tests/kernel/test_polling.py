@@ -17,12 +17,11 @@ import pytest
 import kucomms
 from kucomms import PeerClosedError
 from tests.kernel.lifecycle import Child
-from tests.kernel.raw_device import PAGE, PATIENCE, RawDevice, counters
+from tests.kernel.raw_device import PAGE, PATIENCE, RawDevice, channel_counters, counters
 from tests.kernel.test_kernel_api import SHARED_RUNNERS, Do, Status, numbers, test_module
 
 LOOPS = ["asyncio"]  # what is tested is the kernel
 
-DEBUG = Path("/sys/kernel/debug/kucomms")
 POLLING = ("test_polling", "test_polling_threads")
 PARKED = 2 * PAGE + 128  # in the kernel's side
 
@@ -52,12 +51,6 @@ def all_gone():
         f"something is left: {counters()}",
     )
     assert counters()["pages"] == 0
-
-
-def debug(name):
-    """The counters of the only channel of a device."""
-    (path,) = DEBUG.glob(f"kucomms_{name}.*")
-    return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}
 
 
 class Pinger:
@@ -131,7 +124,7 @@ def test_a_ping_pong_rings_seldom(undo_affinity):
     apart(thread_of("test_polling"))
     with Pinger("test_polling") as pinger:
         assert pinger.ping(count)
-        found = debug("test_polling")
+        found = channel_counters("test_polling")
         assert found["messages_received"] == found["messages_sent"] == count
         assert found["polls_hit"] > count // 4
         assert found["doorbells_heard"] == pinger.kicks
@@ -143,7 +136,7 @@ def test_a_ping_pong_rings_seldom(undo_affinity):
 def test_nothing_is_polled_without_the_option(name):
     with Pinger(name) as pinger:
         assert pinger.ping(300)
-        found = debug(name)
+        found = channel_counters(name)
         assert found["messages_received"] == 300
         assert [found[key] for key in ("polls_hit", "polls_missed", "poll_ns")] == [0, 0, 0]
 
@@ -193,14 +186,14 @@ def test_at_idle_nothing_runs():
         assert pinger.ping(500)
 
         def quiet():
-            before = debug("test_polling"), spent(thread)
+            before = channel_counters("test_polling"), spent(thread)
             time.sleep(0.1)
-            return before == (debug("test_polling"), spent(thread))
+            return before == (channel_counters("test_polling"), spent(thread))
 
         until(quiet, "the thread does not rest")
-        before = debug("test_polling"), spent(thread)
+        before = channel_counters("test_polling"), spent(thread)
         time.sleep(1)  # that nothing happens is the subject
-        assert (debug("test_polling"), spent(thread)) == before
+        assert (channel_counters("test_polling"), spent(thread)) == before
         assert before[0]["polls_missed"] > 0
         assert pinger.ping(10)
 
@@ -211,11 +204,11 @@ def test_seldom_messages_are_not_polled_for():
         for _ in range(20):
             assert pinger.ping()
             time.sleep(0.06)
-        before = debug("test_polling")
+        before = channel_counters("test_polling")
         for _ in range(20):
             assert pinger.ping()
             time.sleep(0.06)
-        after = debug("test_polling")
+        after = channel_counters("test_polling")
         assert after["messages_received"] == 40
         assert after["polls_missed"] - before["polls_missed"] <= 10
 
@@ -236,9 +229,9 @@ def test_a_flood_is_rung_for_seldom(name):
                 for _ in range(64):
                     await link.send(data, type=Do.CHECKSUM, user_value=microseconds)
             async with asyncio.timeout(PATIENCE):
-                while debug(name)["messages_received"] < count:
+                while channel_counters(name)["messages_received"] < count:
                     await asyncio.sleep(0.01)
-            found = debug(name)
+            found = channel_counters(name)
             assert found["doorbells_rung"] > 0
             assert found["doorbells_rung"] < count // 64 // 4
             assert (await Status.of(link)).rx_avail <= 32

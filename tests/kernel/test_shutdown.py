@@ -154,8 +154,8 @@ def test_rmmod_under_several_processes(device, load, moment):
             with suppress(BrokenPipeError):  # ESHUTDOWN
                 while True:
                     while raw.has_room():
-                        raw.send(sent, kick=sent % 7 == 0)
-                        sent += 1
+                        sent += 1  # also if the kick behind it comes too late
+                        raw.send(sent - 1, kick=sent % 7 == 0)
                     raw.kick()
                     drain()
             drain()
