@@ -21,8 +21,8 @@ BUSY, DISCARD, REPLY = 1, 2, 4
 DATA, SPACE = 1, 2
 HEADER = 32
 PAGE = mmap.PAGESIZE
-PATIENCE = 60.0
 DEBUG = Path("/sys/kernel/debug/kucomms")
+PATIENCE = 60.0
 """Seconds; the guest may be emulated."""
 
 READ, WRITE, EXEC = 1, 2, 4
