@@ -281,6 +281,8 @@ int kucomms_channel_mmap(struct kucomms_channel *channel,
 /* The last descriptor or mapping went: what it sent is still delivered. */
 void kucomms_channel_user_gone(struct kucomms_channel *channel)
 {
+	/* pairs with smp_rmb() in serve(): what it sent is seen with its end */
+	smp_mb__before_atomic();
 	set_bit(KUCOMMS_USER_GONE, &channel->state);
 	kucomms_channel_kick(channel);
 }

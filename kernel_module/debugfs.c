@@ -69,13 +69,36 @@ static int channel_show(struct seq_file *file, void *unused)
 }
 DEFINE_SHOW_ATTRIBUTE(channel);
 
-void kucomms_debugfs_add(struct kucomms_channel *channel, const char *name)
+struct addition {
+	struct work_struct work;
+	struct kucomms_channel *channel;
+	const char *name;
+};
+
+static void add_channel(struct work_struct *work)
 {
+	struct addition *addition = container_of(work, struct addition, work);
+	struct kucomms_channel *channel = addition->channel;
 	char file[KUCOMMS_DEVICE_NAME_MAX + 24];
 
-	snprintf(file, sizeof(file), "%s.%llu", name, channel->serial);
+	snprintf(file, sizeof(file), "%s.%llu", addition->name,
+		 channel->serial);
 	channel->debugfs = debugfs_create_file(file, 0400, root, channel,
 					       &channel_fops);
+}
+
+/*
+ * In a thread of ours, which no user pays for: it allocates under the lock of the
+ * directory, and who is at his limit would let the others wait for that.
+ */
+void kucomms_debugfs_add(struct kucomms_channel *channel, const char *name)
+{
+	struct addition addition = { .channel = channel, .name = name };
+
+	INIT_WORK_ONSTACK(&addition.work, add_channel);
+	queue_work(kucomms_workqueue, &addition.work);
+	flush_work(&addition.work);
+	destroy_work_on_stack(&addition.work);
 }
 
 /* Waits for who reads it. */

@@ -115,7 +115,10 @@ struct kucomms_terms {
 	u32 flags;
 };
 
-/* The terms of the endpoint for who asks for rings of @asked bytes; -ENOTCONN. */
+/*
+ * The terms of the endpoint for who asks for rings of @asked bytes. Return: 0,
+ * -ENOTCONN, -EBUSY: before anything is made in vain.
+ */
 static int ask_for_terms(struct kucomms_device *device, u64 asked,
 			 struct kucomms_terms *terms)
 {
@@ -130,13 +133,13 @@ static int ask_for_terms(struct kucomms_device *device, u64 asked,
 				options->max_ring_size);
 		terms->ring_size = roundup_pow_of_two(asked);
 		terms->flags = options->flags;
-		err = 0;
+		err = kucomms_endpoint_full(device->endpoint) ? -EBUSY : 0;
 	}
 	mutex_unlock(&kucomms_lock);
 	return err;
 }
 
-/* All that is allocated for a channel, charged to the caller. */
+/* All that is allocated for a channel; most of it is charged to the caller. */
 static int prepare(struct kucomms_file *kfile,
 		   const struct kucomms_terms *terms,
 		   struct kucomms_channel **channel,

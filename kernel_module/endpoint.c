@@ -205,6 +205,14 @@ void *kucomms_priv(struct kucomms_endpoint *endpoint)
 }
 EXPORT_SYMBOL_GPL(kucomms_priv);
 
+/* Does it take no more channels? kucomms_lock is held. */
+bool kucomms_endpoint_full(struct kucomms_endpoint *endpoint)
+{
+	u32 most = endpoint->options.max_channels;
+
+	return most && atomic_read(&endpoint->channels) >= most;
+}
+
 /*
  * Give a new channel to its endpoint. kucomms_lock is held, so nothing is
  * allocated here: a user at the limit of his memory would let the others wait.
@@ -214,10 +222,7 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 			    struct kucomms_channel *channel,
 			    struct kucomms_runner *runner)
 {
-	const struct kucomms_endpoint_options *options = &endpoint->options;
-
-	if (options->max_channels &&
-	    atomic_read(&endpoint->channels) >= options->max_channels)
+	if (kucomms_endpoint_full(endpoint))
 		return -EBUSY;
 	if (runner) {
 		list_add_tail(&runner->list, &endpoint->runners);

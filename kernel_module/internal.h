@@ -306,6 +306,7 @@ void kucomms_channel_kick(struct kucomms_channel *channel);
 bool kucomms_runner_is_current(struct kucomms_endpoint *endpoint);
 
 /* endpoint.c */
+bool kucomms_endpoint_full(struct kucomms_endpoint *endpoint);
 int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 			    struct kucomms_channel *channel,
 			    struct kucomms_runner *runner);

@@ -348,6 +348,8 @@ static bool serve(struct kucomms_runner *runner,
 	if (state != KUCOMMS_STATE_OPEN)
 		set_bit(KUCOMMS_USER_GONE, &channel->state);
 	if (test_bit(KUCOMMS_USER_GONE, &channel->state)) {
+		/* pairs with smp_mb__before_atomic() in kucomms_channel_user_gone() */
+		smp_rmb();
 		channel->rx.final = 1;
 		/* There will never be room: the next send says so. */
 		clear_bit(KUCOMMS_RETRY, &channel->state);
@@ -662,7 +664,7 @@ void kucomms_runner_stop(struct kucomms_runner *runner)
 }
 
 /**
- * kucomms_runner_new - make a thread, charged to the caller
+ * kucomms_runner_new - make a thread; what we need for it is charged to the caller
  * @name: of the thread
  *
  * To follow: kucomms_runner_start(), or kucomms_runner_stop() when it is not to

@@ -808,8 +808,8 @@ class Link:
                 f"{self._url}: the process at the other side died or dropped the link without "
                 "closing it; connect again when it is back"
             )
-        # The rest: after it no request can be answered any more. It comes to an end, for what is
-        # written from now on is not looked at.
+        # The rest: after it no request can be answered any more. It comes to an end, for the ring
+        # is looked at once more and no further.
         while not self._over and self._fill():
             pass
         self._fail_requests()

@@ -56,6 +56,7 @@ BROKEN = (
     ("senders", ASLEEP, "KERNEL", "WITHOUT_CMPXCHG"),
     ("close", LATE, "STATE_AFTER"),
     ("close", LATE, "SKIPPED_IS_ALL"),
+    ("close", LATE, "LAST_LOOK_EARLY"),
     ("close", ASLEEP, "WITHOUT_BELL_ORDER"),
     ("lazy", ASLEEP, "WITHOUT_DUTY"),
     ("park", ASLEEP, "WITHOUT_SKIPPED"),

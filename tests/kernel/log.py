@@ -80,12 +80,22 @@ def is_within_race(lines: list[str]) -> bool:
     return bool(races) and not any(_RULE.search(x) for x in lines[races[-1][0] :])
 
 
+# No memory for the stack of a new thread, as test_fault_injection.py has it: the kernel's own
+# thread says so, and from where.
+_NO_STACK = re.compile(r"\bkthreadd: vmalloc error: ")
+_FROM_WHERE = 4  # lines until the trace
+
+
 def findings(lines: list[str]) -> list[str]:
     """Return the lines that report a fault, in order.
 
-    But not ``races_elsewhere``. A report that is cut short, so that nobody knows, is ours.
+    But not ``races_elsewhere``, nor that there is no stack for a new thread. A report that is
+    cut short, so that nobody knows, is ours.
     """
     elsewhere = {n for n, ours, whole in _races(lines) if whole and not ours}
+    for n, line in enumerate(lines):
+        if "Call Trace:" in line and any(map(_NO_STACK.search, lines[max(0, n - _FROM_WHERE) : n])):
+            elsewhere.add(n)
     return [line for n, line in enumerate(lines) if _FAULT.search(line) and n not in elsewhere]
 
 

@@ -569,7 +569,8 @@ class InRunner(SetUp):
 @pytest.mark.parametrize("ring_size", [PAGE, 64 * PAGE, LARGE])
 def test_open_callback(loaded, tell, ring_size):
     most, found = sweep(InRunner(ring_size))
-    assert found["ENOMEM"]
+    # Of a large buffer in large pages, nothing is missed: there are small ones.
+    assert found["ENOMEM"] or (found["went without"] and ring_size == LARGE)
     tell(most, found)
 
 

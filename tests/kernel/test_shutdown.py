@@ -4,9 +4,12 @@
 import asyncio
 import errno
 import itertools
+import os
 import re
+import select
 import subprocess
-from contextlib import contextmanager, suppress
+from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,14 @@ from tests.kernel.lifecycle import (
     SPAN,
     Child,
     Raw,
+    alive,
     all_comes_back,
     create,
     failing,
     remove,
     until_channels,
 )
+from tests.kernel.raw_device import open_device, set_up
 
 URL = "kernel://tutorial"
 TRACING = Path("/sys/kernel/tracing")
@@ -57,6 +62,22 @@ def tutorial(device, load, unload):
     load("kucomms_tutorial")
     yield
     unload("kucomms_tutorial")
+
+
+@pytest.fixture
+def join(device, load, unload):
+    """Registers an endpoint for the device, of some kind, and unregisters it."""
+    load("kucomms_join")
+    parameters = Path("/sys/module/kucomms_join/parameters")
+
+    def register(flags, most=0):
+        (parameters / "flags").write_text(str(flags))
+        (parameters / "max_channels").write_text(str(most))
+        (parameters / "register").write_text("kucomms_tutorial")
+        return lambda: (parameters / "unregister").write_text("kucomms_tutorial")
+
+    yield register
+    unload("kucomms_join")
 
 
 async def echo(link, number, size=100):
@@ -219,3 +240,64 @@ def test_remove_device_in_use(device, load):
         remove("tutorial")
     remove("tutorial")
     create("tutorial")
+
+
+# ---- endpoints that go, and others that come -------------------------------------
+
+THREAD_PER_CHANNEL, IN_PLACE = 1, 2
+KINDS = (0, THREAD_PER_CHANNEL, IN_PLACE, THREAD_PER_CHANNEL | IN_PLACE)
+
+
+def test_set_ups_while_endpoints_come_and_go(join):
+    """What a set-up has prepared for one endpoint is of no use to the next, of another kind."""
+
+    def program(talk):
+        talk.setblocking(False)
+        found = Counter()
+        told = b""
+        while not told:
+            fd = open_device("tutorial")
+            number, _told = set_up(fd, ring_size=PAGE << found.total() % 10, hello=b"listen")
+            os.close(fd)
+            found[errno.errorcode.get(number, "set up")] += 1
+            if found["set up"] == 1:
+                talk.send(b"set up")
+                found["set up"] += 1
+            with suppress(BlockingIOError):
+                told = talk.recv(16)
+        assert set(found) <= {"set up", "ENOTCONN", "EBUSY"}, found
+
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child(program)) for _ in range(3)]
+        waiting = list(children)
+        for turn in itertools.count():
+            unregister = join(KINDS[turn % len(KINDS)], most=turn % 3)
+            ready = select.select([child.socket for child in waiting], [], [], 0)[0]
+            waiting = [child for child in waiting if child.socket not in ready]
+            unregister()
+            if turn >= 300 and not waiting:
+                break
+        for child in children:
+            child.says("set up")
+            child.tell("stop")
+        for child in children:
+            child.ends_well()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_many_channels_leave_nothing(join, kind):
+    """Above all no thread, where each channel has one."""
+    unregister = join(kind, most=2)
+    first, second = (open_device("tutorial") for _ in range(2))
+    try:
+        assert set_up(first, hello=b"listen")[0] == set_up(second, hello=b"listen")[0] == 0
+        before = alive()
+        for _ in range(20):
+            fd = open_device("tutorial")
+            assert set_up(fd)[0] == errno.EBUSY
+            os.close(fd)
+        assert alive() == before
+    finally:
+        os.close(first)
+        os.close(second)
+        unregister()

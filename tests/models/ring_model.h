@@ -233,7 +233,11 @@ inline peek()
 	:: rx_position == rx_available && !refreshed && !all_seen ->
 		refreshed = 1;
 		refresh_available();
+#ifdef LAST_LOOK_EARLY
+		all_seen = 1
+#else
 		all_seen = final
+#endif
 	:: else ->
 		peek_load(CONTROL(rx_position), seen);
 		assert(seen != 0);

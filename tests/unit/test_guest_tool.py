@@ -114,6 +114,18 @@ def test_an_ordinary_line_is_no_fault(line):
     assert findings([line, f"[   12.445515] {line}"]) == []
 
 
+def test_no_stack_for_a_new_thread():
+    """The kernel says so by itself, and a test provokes it; anybody else's trace counts."""
+    said = [
+        "kthreadd: vmalloc error: size 32768",
+        "CPU: 0 UID: 0 PID: 2",
+        "Tainted: [O]=OOT_MODULE",
+    ]
+    assert findings([*said, "Call Trace:", " <TASK>"]) == []
+    assert findings([*said, "", "Call Trace:", "Call Trace:"]) == ["Call Trace:"]
+    assert findings(["python: vmalloc error: size 1", "Call Trace:"]) == ["Call Trace:"]
+
+
 def test_findings_keep_their_order_and_number():
     assert findings(["Oops: 1", "fine", "WARNING: 2", "Oops: 1"]) == [
         "Oops: 1", "WARNING: 2", "Oops: 1",

@@ -147,7 +147,9 @@ struct kucomms_ring_producer {
  * @rung: the last of the producer's epochs for which we rang
  * @pins: borrowed frames
  * @high_water: most bytes seen waiting
- * @final: the producer is gone for good: busy frames will not be committed
+ * @final: the producer is gone for good: busy frames will not be committed. Set by
+ *	   the consumer's thread, after it has seen the end in the producer's state,
+ *	   or by what has waited for the producer
  * @all_seen: the last look at the producer's position was made
  */
 struct kucomms_ring_consumer {
@@ -522,6 +524,7 @@ kucomms_ring_peer_state(const struct kucomms_ring_consumer *c)
 static inline int
 kucomms_ring_refresh_available(struct kucomms_ring_consumer *c)
 {
+	int last = c->final;
 	__u64 seen;
 
 	if (c->all_seen)
@@ -535,7 +538,7 @@ kucomms_ring_refresh_available(struct kucomms_ring_consumer *c)
 	    seen - c->published < c->available - c->published)
 		return -EPROTO;
 	c->available = seen;
-	c->all_seen = c->final;
+	c->all_seen = last;
 	if (seen - c->position > c->high_water)
 		c->high_water = seen - c->position;
 	return 0;
@@ -617,6 +620,8 @@ kucomms_ring_has_front(const struct kucomms_ring_consumer *c)
 {
 	const struct kucomms_frame *frame;
 
+	if (c->all_seen)
+		return c->position != c->available;
 	if (READ_ONCE(c->peer->position) == c->position)
 		return 0;
 	frame = (const struct kucomms_frame *)

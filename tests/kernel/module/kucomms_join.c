@@ -172,8 +172,21 @@ static struct join_endpoint *join_find(const char *name, size_t length)
 	return NULL;
 }
 
+static unsigned int flags;
+module_param(flags, uint, 0600);
+MODULE_PARM_DESC(flags, "of endpoints that are registered from now on");
+
+static unsigned int max_channels;
+module_param(max_channels, uint, 0600);
+MODULE_PARM_DESC(max_channels, "of endpoints that are registered from now on");
+
 static int join_register(const char *name, size_t length)
 {
+	const struct kucomms_endpoint_options options = {
+		.size = sizeof(options),
+		.flags = flags,
+		.max_channels = max_channels,
+	};
 	struct join_endpoint *endpoint;
 
 	endpoint = kzalloc(struct_size(endpoint, name, length + 1), GFP_KERNEL);
@@ -181,7 +194,7 @@ static int join_register(const char *name, size_t length)
 		return -ENOMEM;
 	INIT_LIST_HEAD(&endpoint->waiting);
 	memcpy(endpoint->name, name, length);
-	endpoint->endpoint = kucomms_register(endpoint->name, &join_ops, NULL, endpoint);
+	endpoint->endpoint = kucomms_register(endpoint->name, &join_ops, &options, endpoint);
 	if (IS_ERR(endpoint->endpoint)) {
 		int err = PTR_ERR(endpoint->endpoint);
 
