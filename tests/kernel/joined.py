@@ -121,7 +121,8 @@ class JoinedListener(Listener):
         size = options.ring_size
         if options.max_ring_size != _DEFAULT_LIMIT:
             size = options.max_ring_size
-        inner = await _connect(self._address, ring_size=size, timeout=0, hello=_HELLO)
+        wishes = {"ring_size": size, "timeout": testing.PATIENCE, "hello": _HELLO}
+        inner = await _connect(self._address, **wishes)
         self._spare = JoinedConnection(inner, Peer(kernel=True))
         if self.closed:
             self._close_spare()
