@@ -351,9 +351,12 @@ static void test_resume(struct test_channel *test, u64 how, u64 nanoseconds)
 
 /* ---- what messages ask for ---------------------------------------------- */
 
+/* Read once, for in the ring the user may change it meanwhile. */
 static u64 test_argument(const struct kucomms_message *message, unsigned int index)
 {
-	return (index + 1) * sizeof(u64) <= message->length ? ((u64 *)message->data)[index] : 0;
+	const u64 *words = message->data;
+
+	return (index + 1) * sizeof(u64) <= message->length ? READ_ONCE(words[index]) : 0;
 }
 
 static void test_answer(struct kucomms_channel *channel, const struct kucomms_message *message,
