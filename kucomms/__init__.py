@@ -13,6 +13,7 @@ from kucomms.exceptions import (
     MessageTooLargeError,
     NotReadyError,
     PeerClosedError,
+    PoolFull,
     ProtocolError,
     QueueEmpty,
     QueueFull,
@@ -23,14 +24,17 @@ from kucomms.exceptions import (
 )
 from kucomms.link import Link
 from kucomms.message import Message
-from kucomms.statistics import EndpointStatistics, LinkStatistics
+from kucomms.pool import Buffer, Completion, Pool, open_pool
+from kucomms.statistics import EndpointStatistics, LinkStatistics, PoolStatistics
 from kucomms.transports.base import Listener, Peer
 
 __all__ = [
     "AddressError",
     "AddressInUseError",
+    "Buffer",
     "BusyError",
     "ClosedError",
+    "Completion",
     "Endpoint",
     "EndpointStatistics",
     "HeaderValueError",
@@ -43,6 +47,9 @@ __all__ = [
     "NotReadyError",
     "Peer",
     "PeerClosedError",
+    "Pool",
+    "PoolFull",
+    "PoolStatistics",
     "ProtocolError",
     "QueueEmpty",
     "QueueFull",
@@ -52,6 +59,7 @@ __all__ = [
     "VersionError",
     "connect",
     "get_include",
+    "open_pool",
     "run",
 ]
 

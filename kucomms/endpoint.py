@@ -42,6 +42,7 @@ from kucomms.exceptions import (
 from kucomms.link import Link
 from kucomms.message import Message
 from kucomms.polling import AdaptivePolling
+from kucomms.pool import Pool
 from kucomms.scheduler import Scheduler, Ticker
 from kucomms.statistics import EndpointStatistics
 from kucomms.transports.base import (
@@ -167,6 +168,8 @@ class Endpoint:
         self._backlog_is_full = False
         # links whose messages wait in the ring because the backlog is full
         self._starved: dict[Link, None] = {}
+        # those that are closed with their link, until they are
+        self._pools: dict[Link, set[Pool]] = {}
         # links whose open handler has not run yet
         self._unopened: dict[Link, None] = {}
         # when the callback was scheduled that says that the loop has had a turn, or 0
@@ -323,6 +326,8 @@ class Endpoint:
             self._runner.cancel()
         self._wake()
         await asyncio.wait([self._runner])
+        for link in list(self._pools):
+            await self._pools_closed(link)
         if not self._runner.cancelled():
             error = self._runner.exception()
             if error is not None:
@@ -488,10 +493,31 @@ class Endpoint:
         self._links.pop(link, None)
         self._starved.pop(link, None)
         self._links_closed += 1
+        for pool in list(self._pools.get(link, ())):
+            pool._begin_close()
         self._events.append(("on_link_close", link, error))
         if self._ends_with_its_link:
             self._stopping = True
         self._wake()
+
+    def _adopt_pool(self, link: Link, pool: Pool) -> None:
+        """It is to be closed with the link. Raises the link's error when that is over."""
+        if link.closed:
+            raise link._closed_error()
+        self._pools.setdefault(link, set()).add(pool)
+
+        def closed(_: object) -> None:
+            self._pools[link].discard(pool)
+            if not self._pools[link]:
+                del self._pools[link]
+
+        pool._closed.add_done_callback(closed)
+
+    async def _pools_closed(self, link: Link) -> None:
+        """Those of a link that is over: wait for their transfers."""
+        futures = [pool._closed for pool in self._pools.get(link, ())]
+        if futures:
+            await asyncio.wait(futures)
 
     # ---- the runner ---------------------------------------------------------
 

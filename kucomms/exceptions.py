@@ -18,6 +18,7 @@ __all__ = [
     "MessageTooLargeError",
     "NotReadyError",
     "PeerClosedError",
+    "PoolFull",
     "ProtocolError",
     "QueueEmpty",
     "QueueFull",
@@ -62,6 +63,10 @@ class AddressInUseError(KucommsError):
 
 class QueueFull(KucommsError, asyncio.QueueFull):
     """No room for the message now, or others wait for room already."""
+
+
+class PoolFull(QueueFull):
+    """No room for the buffer in the pool now, or others wait for room already."""
 
 
 class QueueEmpty(KucommsError, asyncio.QueueEmpty):

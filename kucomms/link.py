@@ -45,6 +45,7 @@ from kucomms.exceptions import (
     UsageError,
 )
 from kucomms.message import Message
+from kucomms.pool import Opening
 from kucomms.statistics import LinkStatistics
 from kucomms.zero_copy import Borrowed, Loan
 
@@ -755,6 +756,13 @@ class Link:
             else:
                 future.set_result(reply)
 
+    # ---- memory -------------------------------------------------------------
+
+    def open_pool(self, size: int, *, quota: int | None = None) -> Opening:
+        """As ``kucomms.open_pool``; this pool is closed with the link, if not before."""
+        self._check_thread()
+        return Opening(size, quota, self)
+
     # ---- closing ------------------------------------------------------------
 
     async def aclose(self) -> None:
@@ -765,6 +773,7 @@ class Link:
         """
         self._check_thread()
         self._close_here()
+        await self._endpoint._pools_closed(self)
 
     async def wait_closed(self) -> None:
         """Wait until the link is closed, by whichever side; see ``closed``."""

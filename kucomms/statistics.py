@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What links and endpoints count. All of it is a snapshot, frozen."""
+"""What links, endpoints and pools count. All of it is a snapshot, frozen."""
 
 import msgspec
 
-__all__ = ["EndpointStatistics", "LinkStatistics"]
+__all__ = ["EndpointStatistics", "LinkStatistics", "PoolStatistics"]
 
 
 class LinkStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,3 +66,33 @@ class EndpointStatistics(msgspec.Struct, frozen=True, kw_only=True):
     polls_hit: int = 0
     polls_missed: int = 0
     """Not counted: looks of a few microseconds that found nothing."""
+
+
+class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """The counts of one pool since it was opened. Sizes are in bytes."""
+
+    engine: str
+    """What moves the bytes: ``io_uring`` or ``threads``."""
+    engine_reason: str
+    """Why ``threads``, or why nothing is registered."""
+    size: int
+    quota: int
+    allocated: int
+    """Whole pages; also of buffers that are free, but still in use by a transfer or a view."""
+    registered: int
+    """Of the pool's memory, what the kernel has pinned once for all transfers."""
+    in_flight: int
+    """Transfers that are not complete."""
+    completed: int
+    """With success or not."""
+    failed: int
+    """Of those, with an errno; ``cancelled`` included."""
+    cancelled: int
+    bytes_read: int
+    """Read and received."""
+    bytes_written: int
+    """Written and sent."""
+    dropped: int
+    """Datagrams for which no buffer was posted."""
+    system_calls: int
+    """Those of ``io_uring``, which each start or end any number of transfers."""

@@ -60,10 +60,13 @@ __all__ = [
     "Borrow",
     "Channel",
     "HalfChannel",
+    "Pinned",
     "Reservation",
+    "bytes_at",
     "configure",
     "drain_eventfd",
     "drain_socket",
+    "fill_hole",
     "ioctl_setup",
     "lib",
     "max_message_size",
@@ -174,6 +177,28 @@ class HalfChannel:
         if self._pointer and os.getpid() == self._pid:  # a forked child has no mapping
             lib.setup_channel_free(self._pointer)
         self._pointer = None
+
+
+class Pinned:
+    """An object with a buffer, and its address, until ``release``."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = _ffi.from_buffer(owner, require_writable=True)
+        self.address = int(_ffi.cast("uintptr_t", self._owner))
+
+    def release(self) -> None:
+        """The address may become invalid from now on."""
+        _ffi.release(self._owner)
+
+
+def bytes_at(address: int, length: int) -> Any:
+    """An object whose buffer is so many bytes of memory, for memoryview."""
+    return _ffi.buffer(_ffi.cast("char *", address), length)
+
+
+def fill_hole(address: int, size: int) -> None:
+    """Map empty pages of this process's own at an address. For a forked child."""
+    lib.setup_fill_hole(address, size)
 
 
 def new_record(data: bytes | None = None) -> Any:

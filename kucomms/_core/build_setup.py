@@ -72,6 +72,7 @@ ffi.cdef("""
     int kucomms_channel_attach(struct kucomms_channel *channel, int fd,
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
+    int setup_fill_hole(uintptr_t at, size_t size);
 """)
 
 ffi.set_source(
@@ -80,6 +81,7 @@ ffi.set_source(
     #include <fcntl.h>
     #include <stdlib.h>
     #include <sys/ioctl.h>
+    #include <sys/mman.h>
     #include <sys/stat.h>
     #include <kucomms/channel.h>
     #include <kucomms/rendezvous.h>
@@ -129,6 +131,16 @@ ffi.set_source(
     {
         kucomms_channel_destroy(channel);
         free(channel);
+    }
+
+    /* After a fork, where the parent has what the child must not have. */
+    static int setup_fill_hole(uintptr_t at, size_t size)
+    {
+        void *pages = mmap((void *)at, size, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
+                           -1, 0);
+
+        return pages == MAP_FAILED ? -errno : 0;
     }
     """,
     include_dirs=[str(INCLUDE)],

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""The pages of a pool: how they are got, mapped, kept from a forked child, and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from kucomms import _core
+from kucomms.exceptions import TransportError
+
+__all__ = ["PAGE", "PoolMemory", "new_memory"]
+
+PAGE = mmap.PAGESIZE
+
+_PIECE = 1 << 20
+"""Bytes that are allocated in one turn of the loop: about a millisecond's worth."""
+
+
+class PoolMemory:
+    """A mapped memfd of ``size`` bytes.
+
+    Ordinary pages, which can be pinned and handed to another process. The size is sealed.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self._mapping = mmap.mmap(fd, size)
+        self._mapping.madvise(mmap.MADV_DONTFORK)
+        self._base = _core.Pinned(self._mapping)
+        self.address = self._base.address
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """A view of some bytes. It does not keep the mapping: who makes it must."""
+        return memoryview(_core.bytes_at(self.address + offset, length))
+
+    def forked(self) -> None:
+        """In a forked child: empty pages, so that a view it inherited reads zeros.
+
+        And so that nothing else is mapped where a later munmap would hit it.
+        """
+        _core.fill_hole(self.address, self.size)
+
+    def close(self) -> None:
+        """Unmap. No view, and no transfer of the kernel's, may be left."""
+        self._base.release()
+        self._mapping.close()
+        os.close(self.fd)
+
+
+async def new_memory(size: int) -> PoolMemory:
+    """Memory of so many bytes, a multiple of ``PAGE``, and really there.
+
+    Raises TransportError (ENOMEM) when the machine, or the cgroup, has no room for it.
+    """
+    _check_room(size)
+    try:
+        fd = os.memfd_create("kucomms_pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            for at in range(0, size, _PIECE):
+                if at:
+                    await asyncio.sleep(0)
+                # Without it want of memory would show as SIGBUS at the first touch.
+                os.posix_fallocate(fd, at, min(_PIECE, size - at))
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            return PoolMemory(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise _core.os_error(
+            error.errno or 0, f"no {size} bytes of memory for a pool; ask for fewer"
+        ) from error
+
+
+def _check_room(size: int) -> None:
+    """The kernel would allocate until it has to kill somebody, so ask before."""
+    room, whose = min(
+        (_room_of_machine(), "this machine"), (_room_of_cgroup(), "this process's cgroup")
+    )
+    if size > room:
+        raise TransportError(
+            errno.ENOMEM,
+            f"a pool of {size} bytes does not fit: {whose} has {room} bytes of memory left; "
+            "ask for fewer",
+        )
+
+
+def _room_of_machine() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
+
+
+def _room_of_cgroup(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int:
+    """What the cgroup (version 2) and those above it leave; without a limit, much."""
+    room = 1 << 63
+    try:
+        _, version_2, path = own.read_text().strip().rpartition("0::/")
+    except OSError:
+        return room
+    if not version_2:
+        return room
+    group = root / path
+    while group.is_relative_to(root):
+        with suppress(OSError):  # version 1, or not ours to read
+            limit = (group / "memory.max").read_text().strip()
+            if limit != "max":
+                used = int((group / "memory.current").read_text())
+                lines = (group / "memory.stat").read_text().splitlines()
+                stat = dict(line.split() for line in lines)
+                # the cache of files makes room
+                used -= int(stat["inactive_file"]) + int(stat["active_file"])
+                room = min(room, int(limit) - used)
+        group = group.parent
+    return max(room, 0)

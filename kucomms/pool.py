@@ -1,0 +1,739 @@
+# SPDX-License-Identifier: MIT
+"""Pool: memory from which buffers are allocated, and asynchronous I/O on them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno as errnos
+import os
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from socket import socket
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kucomms import _core
+from kucomms._extents import Extents
+from kucomms._pool_memory import PAGE, PoolMemory, new_memory
+from kucomms._queue import TaskTicket
+from kucomms.exceptions import ClosedError, KucommsError, PoolFull, UsageError
+from kucomms.statistics import PoolStatistics
+from kucomms.transfers import open_engine
+from kucomms.transfers.base import Operation, Transfer
+
+if TYPE_CHECKING:
+    from kucomms.link import Link
+
+__all__ = ["Buffer", "Completion", "Opening", "Pool", "open_pool"]
+
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+_OFFSET_MAX = (1 << 63) - 1
+_CANCEL_AGAIN = 0.1
+"""Seconds after which a closing pool asks again to cancel what is still under way."""
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """How a transfer ended."""
+
+    tag: Any
+    """As it was given to the ``submit`` method."""
+    result: int
+    """Bytes that were moved; of a read, 0 is the end of the file. 0 when it failed."""
+    errno: int
+    """0, or why it failed; ECANCELED after ``cancel``."""
+
+
+class _Watch(weakref.ref[Any]):
+    """Tells when the last view of a block has died."""
+
+    __slots__ = ("block",)
+    block: _Block
+
+
+class _Block:
+    """Pages that are not free, and who needs them."""
+
+    __slots__ = ("freed", "length", "pages", "start", "transfers", "view", "watch")
+
+    def __init__(self, start: int, pages: int, length: int) -> None:
+        self.start = start
+        self.pages = pages
+        self.length = length
+        self.freed = False
+        self.transfers = 0
+        self.view: memoryview | None = None
+        self.watch: _Watch | None = None
+
+    def viewed(self) -> bool:
+        """Whether a view of it is alive."""
+        return self.watch is not None and self.watch() is not None
+
+    def drop_view(self) -> None:
+        """Ours; those that were made of it may live on."""
+        view, self.view = self.view, None
+        if view is not None:
+            with suppress(BufferError):  # something was made of the view itself
+                view.release()
+
+
+class Buffer:
+    """Bytes of a pool; from ``Pool.allocate``.
+
+    A context manager, which frees it. It begins at the start of a page. It is not zeroed.
+    """
+
+    __slots__ = ("__weakref__", "_block", "_length", "_pool")
+
+    def __init__(self, pool: Pool, block: _Block) -> None:
+        self._pool = pool
+        self._block: _Block | None = block
+        self._length = block.length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"<Buffer of {self._length} bytes{'' if self._block else ', freed'}>"
+
+    @property
+    def data(self) -> memoryview:
+        """Writable, as long as the buffer. Raises UsageError when it was freed."""
+        block = self._block
+        if block is None:
+            raise UsageError(f"{self!r} was used after it was freed")
+        return block.view if block.view is not None else self._pool._view(block)
+
+    def free(self) -> None:
+        """Give the bytes back. Twice is fine; any thread may.
+
+        While a transfer is under way with it, or a view of it lives, the bytes are not
+        handed out again. Raises BufferError, with that already done, when slices of
+        ``data``, or what else was made of it, live on.
+        """
+        block, self._block = self._block, None
+        if block is None:
+            return
+        self._pool._free(block)
+        if block.viewed():
+            raise BufferError(
+                "a view of the buffer outlived it; its bytes stay taken until that dies. "
+                "Release slices before you free the buffer"
+            )
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """As ``free``, but for the BufferError when there is an exception already."""
+        try:
+            self.free()
+        except BufferError:
+            if exc is None:
+                raise
+
+    def __del__(self) -> None:
+        if self._block is not None and self._pool._free(self._block):
+            warnings.warn(f"{self!r} was never freed", ResourceWarning, source=self, stacklevel=2)
+
+
+Piece = Buffer | tuple[Buffer, int, int]
+"""A buffer, or a part of it: (buffer, offset, length)."""
+
+
+class Pool:
+    """Memory of a fixed size, buffers in it, and transfers between them and descriptors.
+
+    From ``kucomms.open_pool`` or ``Link.open_pool``. A context manager, which closes it.
+
+    Transfers (``read``, ``write``, ``receive``, ``send``) take one buffer, or a list of
+    buffers and of parts of them, (buffer, offset, length): at most 1024, and of those to be
+    filled no byte twice. ``file`` is a descriptor, or an object with ``fileno()``, that
+    stays open until the transfer has ended. They return the bytes that were moved, which may
+    be fewer than asked for, as with the system calls of the same names; a read of 0 is the
+    end. They raise TransportError with the errno of the system.
+
+    When the await of a transfer is cancelled, it ends at once, and the kernel is asked to
+    cancel the transfer, which may move bytes until then. Buffers may be freed while
+    transfers are under way with them: they are not handed out again before those have ended.
+
+    All methods raise UsageError for what can never work, in another thread than that of the
+    loop in which it was opened, and after a fork in the child; ClosedError once it is
+    closed.
+    """
+
+    _opened = False
+
+    def __init__(self, memory: PoolMemory, quota: int) -> None:
+        self._memory = memory
+        self._quota = quota
+        self._allocated = 0
+        self._extents = Extents(memory.size // PAGE)
+        self._blocks: set[_Block] = set()
+        # blocks that something has let go of, in whatever thread
+        self._idle: deque[_Block] = deque()
+        self._waiting: deque[TaskTicket] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._forked = False
+        self._closing = False
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._engine = open_engine(memory, self._complete)
+        self._under_way: set[Transfer] = set()
+        self._untold = 0  # of those, how many end as completions
+        self._completions: deque[Completion] = deque()
+        self._receivers: deque[TaskTicket] = deque()
+        self._completed = self._failed = self._cancelled = 0
+        self._bytes_read = self._bytes_written = 0
+        self._dropped = 0
+        _pools.add(self)
+        self._opened = True
+
+    def __repr__(self) -> str:
+        return f"<Pool of {self.size} bytes{', closed' if self._closing else ''}>"
+
+    # ---- what it is ---------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes, a multiple of the page."""
+        return self._memory.size
+
+    @property
+    def quota(self) -> int:
+        """The most bytes that may be allocated at once."""
+        return self._quota
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or is about to be."""
+        return self._closing
+
+    def statistics(self) -> PoolStatistics:
+        """The counts of this pool; still there after it is closed."""
+        self._collect()
+        return PoolStatistics(
+            engine=self._engine.name,
+            engine_reason=self._engine.reason,
+            size=self.size,
+            quota=self._quota,
+            allocated=self._allocated,
+            registered=self._engine.registered,
+            in_flight=len(self._under_way),
+            completed=self._completed,
+            failed=self._failed,
+            cancelled=self._cancelled,
+            bytes_read=self._bytes_read,
+            bytes_written=self._bytes_written,
+            dropped=self._dropped,
+            system_calls=self._engine.system_calls,
+        )
+
+    # ---- buffers ------------------------------------------------------------
+
+    def allocate(self, size: int) -> Buffer:
+        """A buffer of ``size`` bytes, in whole pages of its own.
+
+        Raises PoolFull when there is no room now, or others wait for room; ValueError for
+        a size that this pool can never have.
+        """
+        self._check()
+        pages = self._pages_for(size)
+        buffer = None if self._waiting else self._take(size, pages)
+        if buffer is None:
+            raise PoolFull(
+                f"no {size} bytes in a row are free in this pool of {self.size} bytes, with a "
+                f"quota of {self._quota} bytes; free a buffer, or 'await "
+                "pool.allocate_when_room(...)'"
+            )
+        return buffer
+
+    async def allocate_when_room(self, size: int) -> Buffer:
+        """As ``allocate``, but waits for room, first come first served."""
+        self._check()
+        pages = self._pages_for(size)
+        ticket = TaskTicket()
+        self._waiting.append(ticket)
+        try:
+            while True:
+                if self._waiting[0] is ticket:
+                    buffer = self._take(size, pages)
+                    if buffer is not None:
+                        return buffer
+                await ticket.wait()
+                self._check()
+        finally:
+            self._waiting.remove(ticket)
+            self._wake_waiting()
+
+    def _pages_for(self, size: int) -> int:
+        pages = -(-size // PAGE)
+        if size < 1 or pages * PAGE > self._quota:
+            raise ValueError(
+                f"a buffer of this pool has from 1 to {self._quota} bytes, not {size}; open a "
+                "larger pool"
+            )
+        return pages
+
+    def _take(self, size: int, pages: int) -> Buffer | None:
+        self._collect()
+        if self._allocated + pages * PAGE > self._quota:
+            return None
+        start = self._extents.take(pages)
+        if start is None:
+            return None
+        block = _Block(start, pages, size)
+        self._blocks.add(block)
+        self._allocated += pages * PAGE
+        return Buffer(self, block)
+
+    def _view(self, block: _Block) -> memoryview:
+        self._check()
+        view = self._memory.view(block.start * PAGE, block.length)
+        block.watch = _Watch(view.obj, self._view_died)
+        block.watch.block = block
+        block.view = view
+        return view
+
+    def _view_died(self, watch: weakref.ref[Any]) -> None:
+        """Perhaps in another thread."""
+        assert isinstance(watch, _Watch)
+        self._let_go(watch.block)
+
+    def _free(self, block: _Block) -> bool:
+        """Perhaps in another thread. Whether there was anything to be freed."""
+        if block.freed or self._forked:
+            return False
+        block.freed = True
+        block.drop_view()
+        self._let_go(block)
+        return True
+
+    def _let_go(self, block: _Block) -> None:
+        self._idle.append(block)
+        if self._closed.done():
+            with _unmapping:
+                self._collect()
+        elif self._waiting:
+            if threading.get_ident() == self._thread:
+                self._collect_and_wake()
+            elif not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._collect_and_wake)
+
+    def _collect_and_wake(self) -> None:
+        self._collect()
+        self._wake_waiting()
+
+    def _collect(self) -> None:
+        """Give back the pages that nobody needs any more.
+
+        In the loop's thread only, until it is closed.
+        """
+        while self._idle:
+            block = self._idle.popleft()
+            unused = block.freed and not block.transfers and not block.viewed()
+            if unused and block in self._blocks:
+                self._blocks.remove(block)
+                block.watch = None
+                self._extents.give(block.start, block.pages)
+                self._allocated -= block.pages * PAGE
+        if self._closed.done() and not self._blocks and self in _lingering:
+            _lingering.remove(self)
+            self._memory.close()
+
+    def _wake_waiting(self) -> None:
+        if self._waiting:
+            self._waiting[0].wake()
+
+    # ---- transfers ----------------------------------------------------------
+
+    async def read(
+        self, file: Any, buffers: Piece | Sequence[Piece], offset: int | None = None
+    ) -> int:
+        """Read from ``file`` at ``offset``, or where it stands, into the buffers."""
+        return await self._transfer(Operation.READ, file, buffers, offset)
+
+    async def write(
+        self, file: Any, buffers: Piece | Sequence[Piece], offset: int | None = None
+    ) -> int:
+        """Write the buffers to ``file`` at ``offset``, or where it stands."""
+        return await self._transfer(Operation.WRITE, file, buffers, offset)
+
+    async def receive(self, sock: socket, buffers: Piece | Sequence[Piece]) -> int:
+        """Receive from a socket: what is there of a stream, or a datagram."""
+        return await self._transfer(Operation.RECEIVE, sock, buffers, None)
+
+    async def send(self, sock: socket, buffers: Piece | Sequence[Piece]) -> int:
+        """Send through a socket: some of it, if it is a stream, or one datagram."""
+        return await self._transfer(Operation.SEND, sock, buffers, None)
+
+    def submit_read(
+        self,
+        file: Any,
+        buffers: Piece | Sequence[Piece],
+        offset: int | None = None,
+        *,
+        tag: Any = None,
+    ) -> Transfer:
+        """Begin a ``read``, and do not wait. How it ends comes from ``completions``."""
+        return self._start(Operation.READ, file, buffers, offset, tag, None)
+
+    def submit_write(
+        self,
+        file: Any,
+        buffers: Piece | Sequence[Piece],
+        offset: int | None = None,
+        *,
+        tag: Any = None,
+    ) -> Transfer:
+        """Begin a ``write``, and do not wait. How it ends comes from ``completions``."""
+        return self._start(Operation.WRITE, file, buffers, offset, tag, None)
+
+    def submit_receive(
+        self, sock: socket, buffers: Piece | Sequence[Piece], *, tag: Any = None
+    ) -> Transfer:
+        """Begin a ``receive``, and do not wait. How it ends comes from ``completions``."""
+        return self._start(Operation.RECEIVE, sock, buffers, None, tag, None)
+
+    def submit_send(
+        self, sock: socket, buffers: Piece | Sequence[Piece], *, tag: Any = None
+    ) -> Transfer:
+        """Begin a ``send``, and do not wait. How it ends comes from ``completions``."""
+        return self._start(Operation.SEND, sock, buffers, None, tag, None)
+
+    async def completions(self) -> AsyncIterator[Completion]:
+        """How the transfers of the ``submit`` methods end, in the order in which they do.
+
+        Each comes once, to one of those who iterate. Ends when none is under way any more.
+        """
+        ticket = TaskTicket()
+        while True:
+            while self._completions:
+                yield self._completions.popleft()
+            if not self._untold:
+                return
+            self._receivers.append(ticket)
+            try:
+                await ticket.wait()
+            finally:
+                self._receivers.remove(ticket)
+                self._wake_receivers()  # the wake-up may have met one that is cancelled
+
+    async def _transfer(
+        self,
+        operation: Operation,
+        file: Any,
+        buffers: Piece | Sequence[Piece],
+        offset: int | None,
+    ) -> int:
+        future: asyncio.Future[int] = self._loop.create_future()
+        transfer = self._start(operation, file, buffers, offset, None, future)
+        try:
+            result = await future
+        except asyncio.CancelledError:
+            self._cancel(transfer)
+            raise
+        if result < 0:
+            raise self._transfer_error(transfer, -result)
+        return result
+
+    def _start(
+        self,
+        operation: Operation,
+        file: Any,
+        buffers: Piece | Sequence[Piece],
+        offset: int | None,
+        tag: Any,
+        future: asyncio.Future[int] | None,
+    ) -> Transfer:
+        self._check()
+        on_socket = operation in (Operation.RECEIVE, Operation.SEND)
+        if on_socket and not isinstance(file, socket):
+            raise TypeError(f"send and receive take a socket.socket, not {file!r}")
+        fd = file if isinstance(file, int) else file.fileno()
+        if not -1 <= fd < 1 << 31:
+            fd = -1  # a number that no descriptor can have; EBADF, as for others
+        transfer = Transfer(
+            operation,
+            fd,
+            sock=file if on_socket else None,
+            offset=offset,
+            tag=tag,
+            future=future,
+            cancel=self._cancel,
+        )
+        total = self._fill_in(transfer, buffers)
+        if offset is not None and not 0 <= offset <= _OFFSET_MAX - total:
+            raise UsageError(f"{total} bytes at offset {offset} are beyond what a file can have")
+        for block in transfer.blocks:
+            block.transfers += 1
+        self._under_way.add(transfer)
+        self._untold += future is None
+        self._engine.start(transfer)
+        return transfer
+
+    def _fill_in(self, transfer: Transfer, buffers: Piece | Sequence[Piece]) -> int:
+        """Say which bytes a transfer is about. Returns how many."""
+        pieces: Any = buffers
+        if isinstance(pieces, Buffer) or _is_part(pieces):
+            pieces = (pieces,)
+        if not 0 < len(pieces) <= _IOV_MAX:
+            raise UsageError(
+                f"a transfer has from 1 to {_IOV_MAX} buffers, not {len(pieces)}; use several"
+            )
+        total = 0
+        for piece in pieces:
+            buffer, offset, length = piece if _is_part(piece) else (piece, 0, None)
+            if not isinstance(buffer, Buffer):
+                raise TypeError(f"{piece!r} is neither a Buffer nor (buffer, offset, length)")
+            if buffer._pool is not self:
+                raise UsageError(f"{buffer!r} belongs to another pool")
+            block = buffer._block
+            if block is None:
+                raise UsageError(f"{buffer!r} was used after it was freed")
+            if length is None:
+                length = block.length
+            if not (offset >= 0 and length >= 0 and offset + length <= block.length):
+                raise UsageError(f"{length} bytes at {offset} are not inside of {buffer!r}")
+            transfer.buffers.append(buffer)
+            transfer.blocks.append(block)
+            transfer.segments.append((self._memory.address + block.start * PAGE + offset, length))
+            total += length
+        if transfer.operation.fills:
+            if not total:
+                raise UsageError("a read into no bytes at all would look like the end of the file")
+            if len(pieces) > 1:
+                _check_apart(transfer.segments)
+        return total
+
+    def _cancel(self, transfer: Transfer) -> None:
+        if transfer in self._under_way and not self._forked:
+            self._engine.cancel(transfer)
+
+    def _complete(self, transfer: Transfer, result: int) -> None:
+        """The engine is through with it."""
+        self._under_way.remove(transfer)
+        for block in transfer.blocks:
+            block.transfers -= 1
+            if block.freed:
+                self._let_go(block)
+        self._completed += 1
+        if result < 0:
+            self._failed += 1
+            self._cancelled += result == -errnos.ECANCELED
+        elif transfer.operation.fills:
+            self._bytes_read += result
+        else:
+            self._bytes_written += result
+        future = transfer.future
+        if future is None:
+            self._untold -= 1
+            self._completions.append(Completion(transfer.tag, max(result, 0), max(-result, 0)))
+            self._wake_receivers()
+        elif not future.done():
+            future.set_result(result)
+        transfer.buffers.clear()
+        if self._closing and not self._under_way:
+            self._finish()
+
+    def _wake_receivers(self) -> None:
+        if self._receivers and (self._completions or not self._untold):
+            self._receivers[0].wake()
+
+    def _transfer_error(self, transfer: Transfer, number: int) -> KucommsError:
+        if number == errnos.ECANCELED and self._closing:
+            return self._closed_error()
+        total = sum(length for _, length in transfer.segments)
+        where = "" if transfer.offset is None else f" at offset {transfer.offset}"
+        what = f"cannot {transfer.operation.value} descriptor {transfer.fd}{where}, {total} bytes"
+        if number == errnos.EINVAL:
+            what += " (with O_DIRECT, offsets and lengths must be multiples of the block size)"
+        return _core.os_error(number, what)
+
+    # ---- closing ------------------------------------------------------------
+
+    async def __aenter__(self) -> Pool:
+        """Closed at the end of the block."""
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """As ``aclose``."""
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel all transfers, wait until they have ended, and free all buffers.
+
+        The memory is given back, or when its last view dies. Twice is fine.
+        """
+        self._check_thread()
+        self._begin_close()
+        await asyncio.shield(self._closed)
+
+    def _begin_close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        for ticket in self._waiting:
+            ticket.wake()
+        self._cancel_all()
+        if not self._under_way:
+            self._finish()
+
+    def _cancel_all(self) -> None:
+        for transfer in list(self._under_way):
+            self._engine.cancel(transfer)
+        if self._under_way:
+            # A request may be between two stages, where the kernel does not find it.
+            self._loop.call_later(_CANCEL_AGAIN, self._cancel_all)
+
+    def _finish(self) -> None:
+        """Nothing is under way any more."""
+        if self._closed.done():
+            return
+        self._engine.close()
+        for block in self._blocks.copy():
+            self._free(block)
+        _pools.discard(self)
+        _lingering.add(self)
+        self._closed.set_result(None)
+        with _unmapping:
+            self._collect()
+
+    def __del__(self) -> None:
+        if not self._opened or self._forked or self._closed.done():
+            return
+        warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+        self._engine.abandon(forked=False)
+        if self._under_way or any(block.viewed() for block in self._blocks):
+            _kept.append(self._memory)
+        else:
+            self._memory.close()
+
+    def _after_fork(self) -> None:
+        """In the child."""
+        self._forked = True
+        self._memory.forked()
+        self._engine.abandon(forked=True)
+
+    # ---- errors -------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._forked or threading.get_ident() != self._thread:
+            self._check_thread()
+        if self._closing:
+            raise self._closed_error()
+
+    def _check_thread(self) -> None:
+        if self._forked:
+            raise UsageError(
+                "this pool was opened before a fork and cannot be used in the child; open one there"
+            )
+        if threading.get_ident() != self._thread:
+            raise UsageError("this pool belongs to the thread of the loop in which it was opened")
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError("this pool was closed here; open another one to go on")
+
+
+class Opening:
+    """What ``open_pool`` returns: to be awaited, or entered, once."""
+
+    def __init__(self, size: int, quota: int | None, link: Link | None = None) -> None:
+        if size < 1:
+            raise ValueError(f"a pool has at least 1 byte, not {size}")
+        self._size = -(-size // PAGE) * PAGE
+        self._quota = self._size if quota is None else quota
+        if not PAGE <= self._quota <= self._size:
+            raise ValueError(
+                f"the quota of a pool of {self._size} bytes is from {PAGE} to that, not {quota}"
+            )
+        self._link = link
+
+    def __await__(self) -> Any:
+        """Open it; closing is left to ``pool.aclose()``."""
+        return self._open().__await__()
+
+    async def _open(self) -> Pool:
+        memory = await new_memory(self._size)
+        try:
+            pool = Pool(memory, self._quota)
+        except BaseException:
+            memory.close()
+            raise
+        if self._link is not None:
+            try:
+                self._link._endpoint._adopt_pool(self._link, pool)
+            except BaseException:
+                await pool.aclose()
+                raise
+        return pool
+
+    async def __aenter__(self) -> Pool:
+        self._pool = await self._open()
+        return self._pool
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._pool.aclose()
+
+
+def open_pool(size: int, *, quota: int | None = None) -> Opening:
+    """Open a pool of ``size`` bytes, rounded up to pages, of this process.
+
+    ``async with kucomms.open_pool(size) as pool:`` closes it at the end of the block;
+    ``pool = await kucomms.open_pool(size)`` leaves that to ``pool.aclose()``. All of the
+    memory is taken at once, and charged to the cgroup of this process. ``quota``: the most
+    bytes, in whole pages, that may be allocated at once; all, unless given.
+
+    Raises TransportError (ENOMEM) when there is not so much memory.
+    """
+    return Opening(size, quota)
+
+
+def _is_part(piece: Any) -> bool:
+    return isinstance(piece, tuple) and len(piece) == 3 and isinstance(piece[1], int)
+
+
+def _check_apart(segments: list[tuple[int, int]]) -> None:
+    end = 0
+    for address, length in sorted(segments):
+        if address < end and length:
+            raise UsageError("the same bytes are twice among those that are to be read into")
+        end = max(end, address + length)
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+"""Those that are open."""
+_lingering: set[Pool] = set()
+"""Closed, but mapped: views of their buffers live."""
+_unmapping = threading.RLock()
+"""For those, since the last view may die in any thread."""
+_kept: list[PoolMemory] = []
+"""Never closed, and at the end there were views, or transfers that nobody hears of any more."""
+
+
+def _forked() -> None:
+    for pool in list(_pools) + list(_lingering):
+        pool._after_fork()
+
+
+os.register_at_fork(after_in_child=_forked)

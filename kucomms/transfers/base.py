@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""What a pool asks of the engine that moves its bytes."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import enum
+from collections.abc import Callable
+from socket import socket
+from typing import Any
+
+__all__ = ["BLOCK", "Complete", "Engine", "Operation", "Transfer"]
+
+BLOCK = 0x7FFFF000
+"""The most bytes that Linux moves in one transfer."""
+
+
+class Operation(enum.Enum):
+    """The value is how errors speak of it."""
+
+    READ = "read from"
+    WRITE = "write to"
+    RECEIVE = "receive from"
+    SEND = "send to"
+
+    @property
+    def fills(self) -> bool:
+        """Whether it writes into the buffers."""
+        return self in (Operation.READ, Operation.RECEIVE)
+
+
+class Transfer:
+    """A transfer under way; from the ``submit`` methods of a pool."""
+
+    __slots__ = ("_cancel", "blocks", "buffers", "fd", "future", "offset", "operation", "scratch",
+                 "segments", "sock", "tag")  # fmt: skip
+
+    operation: Operation
+    fd: int
+    sock: socket | None
+    """For receive and send."""
+    segments: list[tuple[int, int]]
+    """Address and length of each piece, all in the pool's memory."""
+    offset: int | None
+    tag: Any
+    """The application's; it comes back with the completion."""
+    buffers: list[Any]
+    """They live as long as this."""
+    blocks: list[Any]
+    """The pool's; of a buffer, also when it was freed meanwhile."""
+    future: asyncio.Future[int] | None
+    scratch: Any
+    """The engine's."""
+
+    def __init__(
+        self,
+        operation: Operation,
+        fd: int,
+        *,
+        sock: socket | None,
+        offset: int | None,
+        tag: Any,
+        future: asyncio.Future[int] | None,
+        cancel: Callable[[Transfer], None],
+    ) -> None:
+        self.operation = operation
+        self.fd = fd
+        self.sock = sock
+        self.offset = offset
+        self.tag = tag
+        self.future = future
+        self._cancel = cancel
+        self.segments = []
+        self.buffers = []
+        self.blocks = []
+        self.scratch = None
+
+    def __repr__(self) -> str:
+        return f"<Transfer {self.operation.value} descriptor {self.fd}, tag {self.tag!r}>"
+
+    def cancel(self) -> None:
+        """Ask for it to end soon. Its completion comes in any case, and says how it ended."""
+        self._cancel(self)
+
+
+Complete = Callable[[Transfer, int], None]
+"""Called in the loop, once for each transfer, with the bytes moved or a negative errno."""
+
+
+class Engine(abc.ABC):
+    """Moves bytes between the memory of one pool and descriptors.
+
+    All is called in the thread of the pool's loop. ``complete`` is never called from
+    within ``start`` or ``cancel``.
+    """
+
+    name: str
+    reason: str
+    """Why this one, when it is not the best."""
+    registered: int = 0
+    """Bytes of the pool that the kernel has pinned once for all transfers."""
+    system_calls: int = 0
+
+    @abc.abstractmethod
+    def start(self, transfer: Transfer) -> None:
+        """Begin. The descriptor stays open until it is complete, or is cancelled."""
+
+    @abc.abstractmethod
+    def cancel(self, transfer: Transfer) -> None:
+        """Ask to end a transfer that is under way. May be asked again."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """The end; no transfer is under way."""
+
+    @abc.abstractmethod
+    def abandon(self, *, forked: bool) -> None:
+        """Let go of descriptors, but not in order.
+
+        The loop is over, or this is a forked child, and what it inherited is also the
+        parent's.
+        """
