@@ -40,7 +40,7 @@ help:
 
 setup: $(STAMP)
 
-SOURCES := pyproject.toml setup.py $(wildcard kucomms/_core/*.c kucomms/_core/*.py) \
+SOURCES := pyproject.toml setup.py $(wildcard kucomms/_core/*.c kucomms/_core/*.h kucomms/_core/*.py) \
 	$(wildcard kucomms/include/*/*.h kernel_module/include/*/*.h kernel_module/include/*/*/*.h)
 
 $(STAMP): $(SOURCES)

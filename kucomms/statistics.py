@@ -95,4 +95,4 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
     """Datagrams for which no buffer was posted."""
     system_calls: int
-    """Those of ``io_uring``, which each start or end any number of transfers."""
+    """Those of ``io_uring``: two start and end any number of transfers."""

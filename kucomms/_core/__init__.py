@@ -62,6 +62,7 @@ __all__ = [
     "HalfChannel",
     "Pinned",
     "Reservation",
+    "Uring",
     "bytes_at",
     "configure",
     "drain_eventfd",
@@ -199,6 +200,73 @@ def bytes_at(address: int, length: int) -> Any:
 def fill_hole(address: int, size: int) -> None:
     """Map empty pages of this process's own at an address. For a forked child."""
     lib.setup_fill_hole(address, size)
+
+
+class Uring:
+    """An io_uring of the thread that makes it; see ``uring.h``.
+
+    Room for ``entries`` (of 64 bytes, ``struct io_uring_sqe``) in one turn, and for
+    ``completions`` (of 16 bytes, ``struct io_uring_cqe``). Raises OSError.
+    """
+
+    def __init__(self, entries: int, completions: int) -> None:
+        err = _ffi.new("int *")
+        self._pointer = lib.uring_new(entries, completions, err)
+        if not self._pointer:
+            raise OSError(-err[0], os.strerror(-err[0]))
+        self._fds = (int(self._pointer.fd), int(self._pointer.eventfd))
+        self._more = _ffi.new("int *")
+
+    def register(self, address: int, size: int) -> None:
+        """Pin this memory once, as buffers of ``lib.URING_FIXED_MAX`` bytes. Raises OSError."""
+        err = int(lib.uring_register(self._pointer, address, size))
+        if err:
+            raise OSError(-err, os.strerror(-err))
+
+    @property
+    def closed(self) -> bool:
+        """After ``close``, it can only be closed."""
+        return not self._pointer
+
+    @property
+    def room(self) -> int:
+        """Entries that the next turn takes."""
+        return int(self._pointer.entries - self._pointer.pending)
+
+    @property
+    def eventfd(self) -> int:
+        """Readable when a turn is due."""
+        return self._fds[1]
+
+    def turn(
+        self, entries: bytes, count: int, completions: bytearray, room: int
+    ) -> tuple[int, bool]:
+        """Hand over entries, take up to ``room`` completions; two system calls.
+
+        Returns how many came, or a negative errno: nothing was taken for now; and whether
+        the next turn is due at once.
+        """
+        number = lib.uring_turn(
+            self._pointer,
+            _ffi.from_buffer(entries),
+            count,
+            _ffi.from_buffer(completions),
+            room,
+            self._more,
+        )
+        return int(number), bool(self._more[0])
+
+    def close(self) -> None:
+        """What is under way is cancelled by the kernel, some time later."""
+        pointer, self._pointer = self._pointer, None
+        if pointer:
+            lib.uring_free(pointer)
+
+    def forked(self) -> None:
+        """In a forked child, which has inherited the descriptor and not the mappings."""
+        self._pointer = None
+        for fd in self._fds:
+            os.close(fd)
 
 
 def new_record(data: bytes | None = None) -> Any:

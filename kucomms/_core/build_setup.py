@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds kucomms._core._setup: what happens once per link, through cffi.
 
-These calls drop the GIL: mapping, creating shared memory. What runs per message
-is in _ring.c.
+These calls drop the GIL: mapping, creating shared memory, and the turns of a pool's
+io_uring, which are one call for many transfers. What runs per message is in _ring.c.
 """
 
 from pathlib import Path
@@ -73,6 +73,28 @@ ffi.cdef("""
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
     int setup_fill_hole(uintptr_t at, size_t size);
+
+    #define URING_FIXED_MAX ...
+    #define IORING_OP_READV ...
+    #define IORING_OP_WRITEV ...
+    #define IORING_OP_READ_FIXED ...
+    #define IORING_OP_WRITE_FIXED ...
+    #define IORING_OP_SENDMSG ...
+    #define IORING_OP_RECVMSG ...
+    #define IORING_OP_ASYNC_CANCEL ...
+    #define IORING_OP_READ ...
+    #define IORING_OP_WRITE ...
+    #define IORING_OP_SEND ...
+    #define IORING_OP_RECV ...
+
+    struct uring { int fd; int eventfd; unsigned int entries; unsigned int pending; ...; };
+
+    struct uring *uring_new(unsigned int entries, unsigned int completions,
+                            int *err);
+    int uring_register(struct uring *ring, uintptr_t at, size_t size);
+    int uring_turn(struct uring *ring, const void *sqes, unsigned int count,
+                   void *cqes, unsigned int room, int *more);
+    void uring_free(struct uring *ring);
 """)
 
 ffi.set_source(
@@ -85,6 +107,7 @@ ffi.set_source(
     #include <sys/stat.h>
     #include <kucomms/channel.h>
     #include <kucomms/rendezvous.h>
+    #include "uring.h"
 
     /* A new object, 0600, closed on exec. Return: descriptor or -errno. */
     static int setup_shm_create(const char *name)
@@ -143,8 +166,8 @@ ffi.set_source(
         return pages == MAP_FAILED ? -errno : 0;
     }
     """,
-    include_dirs=[str(INCLUDE)],
-    depends=[str(path) for path in sorted(INCLUDE.rglob("*.h"))],
+    include_dirs=[str(INCLUDE), str(HERE)],
+    depends=[str(path) for path in [*sorted(INCLUDE.rglob("*.h")), HERE / "uring.h"]],
     extra_compile_args=["-std=gnu11", "-Wall", "-Wextra"],
     py_limited_api=True,
 )

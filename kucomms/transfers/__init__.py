@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from kucomms._pool_memory import PoolMemory
-from kucomms.exceptions import UsageError
+from kucomms.exceptions import TransportError, UsageError
 from kucomms.transfers.base import Complete, Engine
+from kucomms.transfers.io_uring import UringEngine
 from kucomms.transfers.threads import ThreadEngine
 
 __all__ = ["open_engine"]
+
+_WHY = {
+    errno.EPERM: " (a container's seccomp profile, or sysctl kernel.io_uring_disabled)",
+    errno.ENOSYS: " (the kernel has none, or a container's seccomp profile)",
+    errno.EINVAL: " (this needs Linux 6.1)",
+}
 
 
 def open_engine(memory: PoolMemory, complete: Complete) -> Engine:
@@ -22,4 +30,13 @@ def open_engine(memory: PoolMemory, complete: Complete) -> Engine:
     wanted = os.environ.get("KUCOMMS_IO", "")
     if wanted not in ("", "io_uring", "threads"):
         raise UsageError(f"KUCOMMS_IO is io_uring, threads or not set at all, not {wanted!r}")
-    return ThreadEngine(memory, complete, "KUCOMMS_IO says so")
+    reason = "KUCOMMS_IO says so"
+    if wanted != "threads":
+        try:
+            return UringEngine(memory, complete)
+        except OSError as error:
+            number = error.errno or 0
+            reason = f"no io_uring: {os.strerror(number)}{_WHY.get(number, '')}"
+            if wanted:
+                raise TransportError(number, reason) from error
+    return ThreadEngine(memory, complete, reason)

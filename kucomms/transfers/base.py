@@ -33,7 +33,7 @@ class Operation(enum.Enum):
 class Transfer:
     """A transfer under way; from the ``submit`` methods of a pool."""
 
-    __slots__ = ("_cancel", "blocks", "buffers", "fd", "future", "offset", "operation", "scratch",
+    __slots__ = ("_cancel", "blocks", "buffers", "fd", "future", "number", "offset", "operation", "scratch",
                  "segments", "sock", "tag")  # fmt: skip
 
     operation: Operation
@@ -50,8 +50,9 @@ class Transfer:
     blocks: list[Any]
     """The pool's; of a buffer, also when it was freed meanwhile."""
     future: asyncio.Future[int] | None
+    number: int
     scratch: Any
-    """The engine's."""
+    """These two are the engine's."""
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Transfer:
         self.segments = []
         self.buffers = []
         self.blocks = []
+        self.number = 0
         self.scratch = None
 
     def __repr__(self) -> str:
