@@ -31,10 +31,7 @@ class PoolMemory:
     def __init__(self, fd: int, size: int) -> None:
         self.fd = fd
         self.size = size
-        self._mapping = mmap.mmap(fd, size)
-        self._mapping.madvise(mmap.MADV_DONTFORK)
-        self._base = _core.Pinned(self._mapping)
-        self.address = self._base.address
+        self.address = _core.map_memory(fd, size)
 
     def view(self, offset: int, length: int) -> memoryview:
         """A view of some bytes. It does not keep the mapping: who makes it must."""
@@ -46,12 +43,14 @@ class PoolMemory:
         And so that nothing else is mapped where a later munmap would hit it.
         """
         _core.fill_hole(self.address, self.size)
+        os.close(self.fd)
+        self.fd = -1
 
     def close(self) -> None:
         """Unmap. No view, and no transfer of the kernel's, may be left."""
-        self._base.release()
-        self._mapping.close()
-        os.close(self.fd)
+        _core.unmap_memory(self.address, self.size)
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 async def new_memory(size: int) -> PoolMemory:

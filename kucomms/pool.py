@@ -302,12 +302,14 @@ class Pool:
         view = self._memory.view(block.start * PAGE, block.length)
         block.watch = _Watch(view.obj, self._view_died)
         block.watch.block = block
+        _watches[id(block.watch)] = block.watch
         block.view = view
         return view
 
     def _view_died(self, watch: weakref.ref[Any]) -> None:
         """Perhaps in another thread."""
         assert isinstance(watch, _Watch)
+        _watches.pop(id(watch), None)
         self._let_go(watch.block)
 
     def _free(self, block: _Block) -> bool:
@@ -619,7 +621,7 @@ class Pool:
             return
         warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
         self._engine.abandon(forked=False)
-        if self._under_way or any(block.viewed() for block in self._blocks):
+        if self._under_way:
             _kept.append(self._memory)
         else:
             self._memory.close()
@@ -627,8 +629,11 @@ class Pool:
     def _after_fork(self) -> None:
         """In the child."""
         self._forked = True
+        for block in self._blocks:
+            block.drop_view()
         self._memory.forked()
-        self._engine.abandon(forked=True)
+        if not self._closed.done():
+            self._engine.abandon(forked=True)
 
     # ---- errors -------------------------------------------------------------
 
@@ -727,8 +732,10 @@ _lingering: set[Pool] = set()
 """Closed, but mapped: views of their buffers live."""
 _unmapping = threading.RLock()
 """For those, since the last view may die in any thread."""
+_watches: dict[int, _Watch] = {}
+"""By id, of all views that are alive: so their pools are not collected."""
 _kept: list[PoolMemory] = []
-"""Never closed, and at the end there were views, or transfers that nobody hears of any more."""
+"""Never closed, and at the end there were transfers of which nobody hears any more."""
 
 
 def _forked() -> None:

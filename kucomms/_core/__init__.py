@@ -60,7 +60,6 @@ __all__ = [
     "Borrow",
     "Channel",
     "HalfChannel",
-    "Pinned",
     "Reservation",
     "Uring",
     "bytes_at",
@@ -70,6 +69,7 @@ __all__ = [
     "fill_hole",
     "ioctl_setup",
     "lib",
+    "map_memory",
     "max_message_size",
     "new_record",
     "new_setup",
@@ -82,6 +82,7 @@ __all__ = [
     "shm_create",
     "shm_unlink",
     "side_size",
+    "unmap_memory",
 ]
 
 lib: Any = _setup.lib
@@ -180,16 +181,17 @@ class HalfChannel:
         self._pointer = None
 
 
-class Pinned:
-    """An object with a buffer, and its address, until ``release``."""
+def map_memory(fd: int, size: int) -> int:
+    """Map a file of pages, not for a forked child. Its address. Raises OSError."""
+    address = int(lib.setup_map(fd, size))
+    if address < 0:
+        raise OSError(-address, os.strerror(-address))
+    return address
 
-    def __init__(self, owner: Any) -> None:
-        self._owner = _ffi.from_buffer(owner, require_writable=True)
-        self.address = int(_ffi.cast("uintptr_t", self._owner))
 
-    def release(self) -> None:
-        """The address may become invalid from now on."""
-        _ffi.release(self._owner)
+def unmap_memory(address: int, size: int) -> None:
+    """The end of that."""
+    lib.setup_unmap(address, size)
 
 
 def bytes_at(address: int, length: int) -> Any:

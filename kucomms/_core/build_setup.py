@@ -72,6 +72,8 @@ ffi.cdef("""
     int kucomms_channel_attach(struct kucomms_channel *channel, int fd,
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
+    intptr_t setup_map(int fd, size_t size);
+    int setup_unmap(uintptr_t at, size_t size);
     int setup_fill_hole(uintptr_t at, size_t size);
 
     #define URING_FIXED_MAX ...
@@ -154,6 +156,27 @@ ffi.set_source(
     {
         kucomms_channel_destroy(channel);
         free(channel);
+    }
+
+    /* Not for a forked child. Return: where, or -errno. */
+    static intptr_t setup_map(int fd, size_t size)
+    {
+        void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+        if (at == MAP_FAILED)
+            return -errno;
+        if (madvise(at, size, MADV_DONTFORK)) {
+            int err = -errno;
+
+            munmap(at, size);
+            return err;
+        }
+        return (intptr_t)at;
+    }
+
+    static int setup_unmap(uintptr_t at, size_t size)
+    {
+        return munmap((void *)at, size) ? -errno : 0;
     }
 
     /* After a fork, where the parent has what the child must not have. */

@@ -33,8 +33,10 @@ class Operation(enum.Enum):
 class Transfer:
     """A transfer under way; from the ``submit`` methods of a pool."""
 
-    __slots__ = ("_cancel", "blocks", "buffers", "fd", "future", "number", "offset", "operation", "scratch",
-                 "segments", "sock", "tag")  # fmt: skip
+    __slots__ = (
+        "_cancel", "blocks", "buffers", "fd", "future", "number", "offset", "operation",
+        "scratch", "segments", "sock", "tag",
+    )  # fmt: skip
 
     operation: Operation
     fd: int

@@ -64,7 +64,7 @@ class UringEngine(Engine):
             self._ring.register(memory.address, memory.size)
             self.registered = memory.size
         except OSError as error:  # transfers work without, and pin what they need themselves
-            self.reason = f"not registered: {error.strerror}; the limit of locked memory (ulimit -l)"
+            self.reason = f"not registered: {error.strerror}; see ulimit -l, locked memory"
         self._space = bytearray(_TAKEN * _COMPLETION.size)
         self._queue: OrderedDict[Transfer, None] = OrderedDict()
         self._cancels: deque[int] = deque()
@@ -157,12 +157,14 @@ class UringEngine(Engine):
         """Those for this turn. The kernel has them from now on."""
         if not self._queue and not self._cancels:
             return []
-        entries = []
+        entries: list[bytes] = []
         room = self._room()
         while self._cancels and len(entries) < room:
             target = self._cancels.popleft()
             if target in self._in_kernel:
-                entries.append(_entry(lib.IORING_OP_ASYNC_CANCEL, -1, 0, target, 0, 0, 0, 0))
+                entries.append(
+                    _ENTRY.pack(lib.IORING_OP_ASYNC_CANCEL, 0, 0, -1, 0, target, *[0] * 8)
+                )
                 self._cancels_in_kernel += 1
         while self._queue and len(entries) < room:
             transfer, _ = self._queue.popitem(last=False)
@@ -188,9 +190,10 @@ class UringEngine(Engine):
             length = min(length, BLOCK)
             index = self._registered_as(operation, address, length)
             code = _ONE[operation] if index < 0 else _REGISTERED[operation]
-        return _entry(
-            code, transfer.fd, offset, address, length, flags, transfer.number, max(index, 0)
-        )
+        return _ENTRY.pack(
+            code, 0, 0, transfer.fd, offset, address, length, flags, transfer.number,
+            max(index, 0), 0, 0, 0, 0,
+        )  # fmt: skip
 
     def _registered_as(self, operation: Operation, address: int, length: int) -> int:
         """The number of the registered buffer that has all of this; -1 when none has."""
@@ -211,12 +214,6 @@ class UringEngine(Engine):
                 problem = error.errno or errno.EIO
             self._offsets[fd] = problem
         return problem
-
-
-def _entry(
-    code: int, fd: int, offset: int, address: int, length: int, flags: int, number: int, index: int
-) -> bytes:
-    return _ENTRY.pack(code, 0, 0, fd, offset, address, length, flags, number, index, 0, 0, 0, 0)
 
 
 def _scattered(transfer: Transfer) -> tuple[int, int]:

@@ -28,20 +28,22 @@ def engine(request, monkeypatch):
     return request.param
 
 
-def _of_pools():
-    """What the process has of pools: descriptors and mappings."""
+def of_pools(*names):
+    """What the process has of pools: descriptors and mappings.
+
+    "io_uring" among the names counts those of uvloop, too.
+    """
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
-            target = os.readlink(f"/proc/self/fd/{fd}")
-            if "kucomms_pool" in target or "io_uring" in target:
-                found.add((fd, target))
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
     with open("/proc/self/maps") as maps:
-        return found | {line for line in maps if "kucomms_pool" in line or "io_uring" in line}
+        found |= {tuple(line.split(maxsplit=5)) for line in maps}
+    return {one for one in found if any(name in one[-1] for name in ("kucomms_pool", *names))}
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
     gc.collect()
-    assert _of_pools() == set()
+    assert of_pools() == set()
