@@ -236,6 +236,11 @@ class Uring:
         return int(self._pointer.entries - self._pointer.pending)
 
     @property
+    def pending(self) -> int:
+        """Entries that the kernel has not taken yet."""
+        return int(self._pointer.pending)
+
+    @property
     def eventfd(self) -> int:
         """Readable when a turn is due."""
         return self._fds[1]

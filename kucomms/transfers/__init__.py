@@ -17,6 +17,7 @@ __all__ = ["open_engine"]
 _WHY = {
     errno.EPERM: " (a container's seccomp profile, or sysctl kernel.io_uring_disabled)",
     errno.ENOSYS: " (the kernel has none, or a container's seccomp profile)",
+    errno.ENOMEM: " (perhaps the limit of locked memory, ulimit -l)",
     errno.EINVAL: " (this needs Linux 6.1)",
 }
 

@@ -17,11 +17,10 @@ from kucomms.transfers.base import BLOCK, Complete, Engine, Operation, Transfer
 
 __all__ = ["UringEngine"]
 
-_ENTRIES = 256
-"""Transfers that are handed to the kernel in one system call."""
-_COMPLETIONS = 16384
-"""The kernel has so many transfers at most; others wait here. It has room for the
-completions of all of them, and never has to allocate any: that could fail."""
+_SIZES = ((256, 16384), (64, 2048))
+"""Transfers that are handed to the kernel in one system call, and that it has at most;
+others wait here. It has room for the completions of all of them, and never has to allocate
+any: that could fail. The second is for who may lock little memory: some kernels count it."""
 _TAKEN = 256
 """Completions that are taken in one turn of the loop."""
 _AGAIN = 0.001
@@ -59,7 +58,7 @@ class UringEngine(Engine):
         self._memory = memory
         self._complete = complete
         self._loop = asyncio.get_running_loop()
-        self._ring = Uring(_ENTRIES, _COMPLETIONS)
+        self._ring, self._most = _new_ring()
         try:
             self._ring.register(memory.address, memory.size)
             self.registered = memory.size
@@ -143,7 +142,7 @@ class UringEngine(Engine):
                 self._cancels_in_kernel -= 1
         if self._ring.closed:
             return
-        if number < 0 or self._ring.room < _ENTRIES:
+        if number < 0 or self._ring.pending:
             self._loop.call_later(_AGAIN, self._soon)
         elif more or ((self._queue or self._cancels) and self._room()):
             self._soon()
@@ -151,7 +150,7 @@ class UringEngine(Engine):
     def _room(self) -> int:
         """How many entries the kernel can be given."""
         in_kernel = len(self._in_kernel) + self._cancels_in_kernel
-        return min(self._ring.room, _COMPLETIONS - in_kernel)
+        return min(self._ring.room, self._most - in_kernel)
 
     def _entries(self) -> list[bytes]:
         """Those for this turn. The kernel has them from now on."""
@@ -214,6 +213,17 @@ class UringEngine(Engine):
                 problem = error.errno or errno.EIO
             self._offsets[fd] = problem
         return problem
+
+
+def _new_ring() -> tuple[Uring, int]:
+    """A ring, and how many transfers it has room for."""
+    for entries, completions in _SIZES[:-1]:
+        try:
+            return Uring(entries, completions), completions
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+    return Uring(*_SIZES[-1]), _SIZES[-1][1]
 
 
 def _scattered(transfer: Transfer) -> tuple[int, int]:
