@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from socket import socket
+from socket import SOCK_DGRAM, SOCK_SEQPACKET, socket
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from kucomms import _core
 from kucomms._extents import Extents
 from kucomms._pool_memory import PAGE, PoolMemory, new_memory
 from kucomms._queue import TaskTicket
+from kucomms._receiver import Receiver
 from kucomms.exceptions import ClosedError, KucommsError, PoolFull, UsageError
 from kucomms.statistics import PoolStatistics
 from kucomms.transfers import open_engine
@@ -196,6 +197,7 @@ class Pool:
         self._completed = self._failed = self._cancelled = 0
         self._bytes_read = self._bytes_written = 0
         self._dropped = 0
+        self._posting: set[Receiver] = set()
         _pools.add(self)
         self._opened = True
 
@@ -378,6 +380,19 @@ class Pool:
     async def send(self, sock: socket, buffers: Piece | Sequence[Piece]) -> int:
         """Send through a socket: some of it, if it is a stream, or one datagram."""
         return await self._transfer(Operation.SEND, sock, buffers, None)
+
+    def receiver(self, sock: socket, *, on_no_buffer: str = "wait") -> Receiver:
+        """Receives datagrams of a socket, and says what becomes of those without a buffer.
+
+        ``"wait"`` leaves them in the socket, which drops what it has no room for;
+        ``"drop"`` drops and counts each that comes while no ``receive`` of it waits.
+        """
+        self._check()
+        if on_no_buffer not in ("wait", "drop"):
+            raise UsageError(f'on_no_buffer is "wait" or "drop", not {on_no_buffer!r}')
+        if sock.type not in (SOCK_DGRAM, SOCK_SEQPACKET):
+            raise UsageError("a receiver is for sockets with datagrams; a stream has none to drop")
+        return Receiver(self, sock, on_no_buffer == "drop")
 
     def submit_read(
         self,
@@ -592,6 +607,8 @@ class Pool:
         self._closing = True
         for ticket in self._waiting:
             ticket.wake()
+        for receiver in list(self._posting):
+            receiver.close()
         self._cancel_all()
         if not self._under_way:
             self._finish()

@@ -52,6 +52,26 @@ def test_threads():
     assert out.startswith("4000 messages from 4 threads, all in order\n")
 
 
+@pytest.mark.parametrize("engine", ["", "threads"])
+def test_echo_tcp(engine):
+    code, out = run("echo_tcp.py", env=os.environ | {"KUCOMMS_IO": engine})
+    assert code == 0
+    total = 20 << 20
+    assert out == (
+        f"{total} bytes echoed to 20 clients\n{total} received, {total} sent\n"
+    )
+
+
+def test_copy_file_says_what_is_wrong(tmp_path):
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "copy_file.py", tmp_path / "nothing", tmp_path / "target"],
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert str(tmp_path / "nothing") in result.stderr
+
+
 def good_table(out):
     """Both columns of the demo's table agree and have no errors."""
     rows = dict(re.findall(r"^│ (.+?) +│ +([\d,.]+ │ +[\d,.]+) │$", out, re.MULTILINE))
