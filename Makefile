@@ -10,7 +10,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan
 
-.PHONY: help setup demo bench bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
+.PHONY: help setup demo bench bench-pool bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-user  kucomms and its peers between two processes; ARGS=--quick takes a minute"
 	@echo "make bench-kernel"
 	@echo "                 kernel and user by kucomms, netlink, BPF rings and others, in a guest"
+	@echo "make bench-pool  pools beside threads, and asyncio's: writes docs/bench-pool.md"
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make soak        all transports at once for ten minutes, with kills; ARGS='--minutes 60'"
 	@echo "make soak-kernel the same in a guest with Linux 6.12, kernel:// included"
@@ -60,6 +61,9 @@ bench-user: $(BENCH_STAMP)
 	@sh tools/install-bench-packages.sh
 	$(MAKE) -C bench/core
 	$(BIN)/python -m bench $(ARGS)
+
+bench-pool: setup
+	$(BIN)/python -m bench.pool $(ARGS) docs/bench-pool.md
 
 demo: setup
 	$(BIN)/python examples/demo.py

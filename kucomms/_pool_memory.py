@@ -26,12 +26,27 @@ class PoolMemory:
     """A mapped memfd of ``size`` bytes.
 
     Ordinary pages, which can be pinned and handed to another process. The size is sealed.
+    Raises OSError.
     """
 
-    def __init__(self, fd: int, size: int) -> None:
-        self.fd = fd
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.address = _core.map_memory(fd, size)
+        self.fd = os.memfd_create("kucomms_pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+            self.address = _core.map_memory(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Get the pages of a part now. Raises OSError."""
+        # Without it want of memory would show as SIGBUS at the first touch.
+        os.posix_fallocate(self.fd, offset, length)
+        # And without this, registering them would hold up the loop until all were zeroed.
+        _core.populate_memory(self.address + offset, length)
 
     def view(self, offset: int, length: int) -> memoryview:
         """A view of some bytes. It does not keep the mapping: who makes it must."""
@@ -60,18 +75,15 @@ async def new_memory(size: int) -> PoolMemory:
     """
     _check_room(size)
     try:
-        fd = os.memfd_create("kucomms_pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        memory = PoolMemory(size)
         try:
             for at in range(0, size, _PIECE):
                 if at:
                     await asyncio.sleep(0)
-                # Without it want of memory would show as SIGBUS at the first touch.
-                os.posix_fallocate(fd, at, min(_PIECE, size - at))
-            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-            return PoolMemory(fd, size)
+                memory.allocate(at, min(_PIECE, size - at))
+            return memory
         except BaseException:
-            os.close(fd)
+            memory.close()
             raise
     except OSError as error:
         raise _core.os_error(

@@ -36,7 +36,7 @@ __all__ = ["Buffer", "Completion", "Opening", "Pool", "open_pool"]
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _OFFSET_MAX = (1 << 63) - 1
 _CANCEL_AGAIN = 0.1
-"""Seconds after which a closing pool asks again to cancel what is still under way."""
+"""Seconds after which a closing pool asks again to cancel what is still under way, at first."""
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -457,7 +457,7 @@ class Pool:
         transfer = self._start(operation, file, buffers, offset, None, future)
         try:
             result = await future
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, as a rule
             self._cancel(transfer)
             raise
         if result < 0:
@@ -613,12 +613,12 @@ class Pool:
         if not self._under_way:
             self._finish()
 
-    def _cancel_all(self) -> None:
+    def _cancel_all(self, pause: float = _CANCEL_AGAIN) -> None:
         for transfer in list(self._under_way):
             self._engine.cancel(transfer)
         if self._under_way:
             # A request may be between two stages, where the kernel does not find it.
-            self._loop.call_later(_CANCEL_AGAIN, self._cancel_all)
+            self._loop.call_later(pause, self._cancel_all, 2 * pause)
 
     def _finish(self) -> None:
         """Nothing is under way any more."""

@@ -75,6 +75,7 @@ __all__ = [
     "new_setup",
     "os_error",
     "poll",
+    "populate_memory",
     "record_bytes",
     "ring_device",
     "ring_size_for",
@@ -187,6 +188,11 @@ def map_memory(fd: int, size: int) -> int:
     if address < 0:
         raise OSError(-address, os.strerror(-address))
     return address
+
+
+def populate_memory(address: int, size: int) -> None:
+    """Touch these pages, so that who uses them does not wait for that."""
+    lib.setup_populate(address, size)
 
 
 def unmap_memory(address: int, size: int) -> None:

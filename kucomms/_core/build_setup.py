@@ -73,6 +73,7 @@ ffi.cdef("""
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
     intptr_t setup_map(int fd, size_t size);
+    void setup_populate(uintptr_t at, size_t size);
     int setup_unmap(uintptr_t at, size_t size);
     int setup_fill_hole(uintptr_t at, size_t size);
 
@@ -172,6 +173,14 @@ ffi.set_source(
             return err;
         }
         return (intptr_t)at;
+    }
+
+    /* Touch pages that are allocated. A kernel before 5.14 leaves it to who uses them. */
+    static void setup_populate(uintptr_t at, size_t size)
+    {
+    #ifdef MADV_POPULATE_WRITE
+        madvise((void *)at, size, MADV_POPULATE_WRITE);
+    #endif
     }
 
     static int setup_unmap(uintptr_t at, size_t size)

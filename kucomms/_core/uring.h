@@ -166,6 +166,9 @@ static int uring_turn(struct uring *ring, const void *sqes, unsigned int count,
 	uint64_t bells;
 	int err = 0;
 
+	*more = 0;
+	if (count > ring->entries - ring->pending)
+		return -EINVAL;
 	for (i = 0; i < count; i++)
 		memcpy(&ring->sqes[(ring->sq_tail + i) & ring->sq_mask],
 		       (const struct io_uring_sqe *)sqes + i, sizeof(*ring->sqes));

@@ -18,9 +18,12 @@ from kucomms.transfers.base import BLOCK, Complete, Engine, Operation, Transfer
 __all__ = ["UringEngine"]
 
 _SIZES = ((256, 16384), (64, 2048))
-"""Transfers that are handed to the kernel in one system call, and that it has at most;
-others wait here. It has room for the completions of all of them, and never has to allocate
-any: that could fail. The second is for who may lock little memory: some kernels count it."""
+"""What is handed to the kernel in one system call, and what it has at most; the rest waits
+here. So it has room for all completions, and never has to allocate any: that could fail. The
+second is for who may lock little memory: some kernels count it."""
+_FOR_CANCELS = 4
+"""One in so many of those is kept for cancellations: transfers that never end cannot be in
+their way."""
 _TAKEN = 256
 """Completions that are taken in one turn of the loop."""
 _AGAIN = 0.001
@@ -58,13 +61,17 @@ class UringEngine(Engine):
         self._memory = memory
         self._complete = complete
         self._loop = asyncio.get_running_loop()
+        self._space = bytearray(_TAKEN * _COMPLETION.size)
         self._ring, self._most = _new_ring()
+        problem, _ = self._ring.turn(b"", 0, self._space, 0)
+        if problem:  # a sandbox that allows some of its system calls only
+            self._ring.close()
+            raise OSError(-problem, os.strerror(-problem))
         try:
             self._ring.register(memory.address, memory.size)
             self.registered = memory.size
         except OSError as error:  # transfers work without, and pin what they need themselves
             self.reason = f"not registered: {error.strerror}; see ulimit -l, locked memory"
-        self._space = bytearray(_TAKEN * _COMPLETION.size)
         self._queue: OrderedDict[Transfer, None] = OrderedDict()
         self._cancels: deque[int] = deque()
         # what never gets to the kernel, and how it ends
@@ -144,28 +151,29 @@ class UringEngine(Engine):
             return
         if number < 0 or self._ring.pending:
             self._loop.call_later(_AGAIN, self._soon)
-        elif more or ((self._queue or self._cancels) and self._room()):
+        elif more or self._cancels_to_go() or self._transfers_to_go():
             self._soon()
 
-    def _room(self) -> int:
-        """How many entries the kernel can be given."""
-        in_kernel = len(self._in_kernel) + self._cancels_in_kernel
-        return min(self._ring.room, self._most - in_kernel)
+    def _cancels_to_go(self) -> int:
+        """How many can be handed to the kernel now, but for its room in one turn."""
+        taken = len(self._in_kernel) + self._cancels_in_kernel
+        return min(len(self._cancels), self._most - taken)
+
+    def _transfers_to_go(self) -> int:
+        taken = len(self._in_kernel) + self._cancels_in_kernel
+        return max(min(len(self._queue), self._most - self._most // _FOR_CANCELS - taken), 0)
 
     def _entries(self) -> list[bytes]:
         """Those for this turn. The kernel has them from now on."""
-        if not self._queue and not self._cancels:
-            return []
         entries: list[bytes] = []
-        room = self._room()
-        while self._cancels and len(entries) < room:
+        for _ in range(min(self._cancels_to_go(), self._ring.room)):
             target = self._cancels.popleft()
             if target in self._in_kernel:
                 entries.append(
                     _ENTRY.pack(lib.IORING_OP_ASYNC_CANCEL, 0, 0, -1, 0, target, *[0] * 8)
                 )
                 self._cancels_in_kernel += 1
-        while self._queue and len(entries) < room:
+        for _ in range(min(self._transfers_to_go(), self._ring.room - len(entries))):
             transfer, _ = self._queue.popitem(last=False)
             self._last_number = number = self._last_number + 1
             transfer.number = number

@@ -245,6 +245,21 @@ async def test_memory_is_there_when_the_pool_is():
             os.ftruncate(fd, 0)  # which would make each touch a SIGBUS
 
 
+async def test_opening_a_large_pool_does_not_hold_up_the_loop():
+    turns = 0
+
+    async def others():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    async with open_pool(64 << 20):
+        assert turns >= 63
+    task.cancel()
+
+
 async def test_other_threads_are_refused():
     async with open_pool(PAGE) as pool:
         with pytest.raises(UsageError, match="thread"):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Machines where io_uring is forbidden, or may not pin memory. In processes of their own."""
 
+import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -8,6 +10,8 @@ import sys
 
 import pytest
 
+from kucomms import open_pool
+from kucomms.transfers import io_uring
 from tests.pool.conftest import ENGINES
 
 pytestmark = pytest.mark.skipif("io_uring" not in ENGINES, reason="no io_uring here")
@@ -32,13 +36,12 @@ async def main():
 """
 
 SECCOMP = """
-import ctypes, errno, platform, struct
+import ctypes, errno, struct
 # What a container does: io_uring_setup answers with an errno, everything else works.
 prctl = ctypes.CDLL(None, use_errno=True).prctl
-numbers = {"x86_64": 425, "aarch64": 425}
 code = [
     (0x20, 0, 0, 0),                                   # load the system call's number
-    (0x15, 0, 1, numbers[platform.machine()]),         # io_uring_setup?
+    (0x15, 0, 1, 425),         # io_uring_setup?
     (0x06, 0, 0, 0x00050000 | ERRNO),                  # that errno
     (0x06, 0, 0, 0x7fff0000),                          # allowed
 ]
@@ -52,6 +55,9 @@ assert prctl(22, 2, ctypes.byref(filter), 0, 0) == 0
 """
 
 
+SETUP_ENTER_REGISTER = (425, 426, 427)  # on all machines
+
+
 def run(program, **environment):
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
@@ -61,9 +67,11 @@ def run(program, **environment):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("errno", ["EPERM", "ENOSYS", "EACCES"])
-def test_where_io_uring_is_forbidden_threads_do_it(errno):
-    program = SECCOMP.replace("ERRNO", f"errno.{errno}") + USE + "asyncio.run(main())"
+@pytest.mark.parametrize("name", ["EPERM", "ENOSYS", "EACCES"])
+@pytest.mark.parametrize("call", SETUP_ENTER_REGISTER)
+def test_where_io_uring_is_forbidden_threads_do_it(name, call):
+    filter = SECCOMP.replace("ERRNO", f"errno.{name}").replace("425", str(call))
+    program = filter + USE + "asyncio.run(main())"
     statistics = run(program)
     assert statistics["engine"] == "threads"
     assert statistics["engine_reason"].startswith("no io_uring: ")
@@ -100,3 +108,31 @@ asyncio.run(main())
     assert statistics["registered"] == 0
     assert "ulimit -l" in statistics["engine_reason"]
     assert statistics["completed"] == 3
+
+
+@pytest.mark.asyncio
+async def test_more_than_the_kernel_is_given_at_once(monkeypatch):
+    """They wait here, in order, and can be cancelled here."""
+    monkeypatch.setattr(io_uring, "_SIZES", ((8, 16),))
+    read, write = os.pipe()
+    async with open_pool(1 << 20) as pool:
+        with pool.allocate(100) as buffer:
+            transfers = [pool.submit_read(read, (buffer, at, 1), tag=at) for at in range(100)]
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert len(pool._engine._in_kernel) == 12
+            transfers[3].cancel()  # the kernel has it, and would have no room for more
+            transfers[80].cancel()  # the kernel does not have it
+            for _ in range(50):
+                await asyncio.sleep(0)
+            os.write(write, bytes(range(98)))
+            found = [one async for one in pool.completions()]
+            assert sorted(one.tag for one in found) == list(range(100))
+            cancelled = {one.tag for one in found if one.errno == errno.ECANCELED}
+            assert cancelled == {3, 80}
+            assert sorted(buffer.data) == sorted([0, 0, *range(98)])
+            for at in range(300):  # those that are done make room for others
+                pool.submit_write(write, (buffer, at % 100, 1), tag=at)
+            assert len({one.tag async for one in pool.completions()}) == 300
+    os.close(read)
+    os.close(write)
