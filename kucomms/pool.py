@@ -474,7 +474,7 @@ class Pool:
         future: asyncio.Future[int] | None,
     ) -> Transfer:
         self._check()
-        on_socket = operation in (Operation.RECEIVE, Operation.SEND)
+        on_socket = operation is Operation.RECEIVE or operation is Operation.SEND
         if on_socket and not isinstance(file, socket):
             raise TypeError(f"send and receive take a socket.socket, not {file!r}")
         fd = file if isinstance(file, int) else file.fileno()
@@ -502,6 +502,12 @@ class Pool:
     def _fill_in(self, transfer: Transfer, buffers: Piece | Sequence[Piece]) -> int:
         """Say which bytes a transfer is about. Returns how many."""
         pieces: Any = buffers
+        if isinstance(pieces, Buffer) and pieces._pool is self and pieces._block is not None:
+            whole = pieces._block  # in short what follows, for what is usual
+            transfer.buffers.append(pieces)
+            transfer.blocks.append(whole)
+            transfer.segments.append((self._memory.address + whole.start * PAGE, whole.length))
+            return whole.length
         if isinstance(pieces, Buffer) or _is_part(pieces):
             pieces = (pieces,)
         if not 0 < len(pieces) <= _IOV_MAX:
@@ -526,7 +532,7 @@ class Pool:
             transfer.blocks.append(block)
             transfer.segments.append((self._memory.address + block.start * PAGE + offset, length))
             total += length
-        if transfer.operation.fills:
+        if transfer.fills:
             if not total:
                 raise UsageError("a read into no bytes at all would look like the end of the file")
             if len(pieces) > 1:
@@ -548,7 +554,7 @@ class Pool:
         if result < 0:
             self._failed += 1
             self._cancelled += result == -errnos.ECANCELED
-        elif transfer.operation.fills:
+        elif transfer.fills:
             self._bytes_read += result
         else:
             self._bytes_written += result
@@ -572,7 +578,7 @@ class Pool:
             return self._closed_error()
         total = sum(length for _, length in transfer.segments)
         where = "" if transfer.offset is None else f" at offset {transfer.offset}"
-        what = f"cannot {transfer.operation.value} descriptor {transfer.fd}{where}, {total} bytes"
+        what = f"cannot {transfer.operation.text} descriptor {transfer.fd}{where}, {total} bytes"
         if number == errnos.EINVAL:
             what += " (with O_DIRECT, offsets and lengths must be multiples of the block size)"
         return _core.os_error(number, what)

@@ -16,29 +16,31 @@ BLOCK = 0x7FFFF000
 """The most bytes that Linux moves in one transfer."""
 
 
-class Operation(enum.Enum):
-    """The value is how errors speak of it."""
+class Operation(enum.IntEnum):
+    """What a transfer does. Integers, because their hash is quick."""
 
-    READ = "read from"
-    WRITE = "write to"
-    RECEIVE = "receive from"
-    SEND = "send to"
+    READ = 0
+    RECEIVE = 1
+    WRITE = 2
+    SEND = 3
 
     @property
-    def fills(self) -> bool:
-        """Whether it writes into the buffers."""
-        return self in (Operation.READ, Operation.RECEIVE)
+    def text(self) -> str:
+        """How errors speak of it."""
+        return ("read from", "receive from", "write to", "send to")[self]
 
 
 class Transfer:
     """A transfer under way; from the ``submit`` methods of a pool."""
 
     __slots__ = (
-        "_cancel", "blocks", "buffers", "fd", "future", "number", "offset", "operation",
+        "_cancel", "blocks", "buffers", "fd", "fills", "future", "number", "offset", "operation",
         "scratch", "segments", "sock", "tag",
     )  # fmt: skip
 
     operation: Operation
+    fills: bool
+    """Whether it writes into the buffers."""
     fd: int
     sock: socket | None
     """For receive and send."""
@@ -68,6 +70,7 @@ class Transfer:
         cancel: Callable[[Transfer], None],
     ) -> None:
         self.operation = operation
+        self.fills = operation < Operation.WRITE
         self.fd = fd
         self.sock = sock
         self.offset = offset
@@ -81,7 +84,7 @@ class Transfer:
         self.scratch = None
 
     def __repr__(self) -> str:
-        return f"<Transfer {self.operation.value} descriptor {self.fd}, tag {self.tag!r}>"
+        return f"<Transfer {self.operation.text} descriptor {self.fd}, tag {self.tag!r}>"
 
     def cancel(self) -> None:
         """Ask for it to end soon. Its completion comes in any case, and says how it ended."""

@@ -33,22 +33,23 @@ _ENTRY = struct.Struct("=BBHiQQIIQHHiQQ")  # struct io_uring_sqe
 _COMPLETION = struct.Struct("=QiI")  # struct io_uring_cqe
 _WHERE_IT_STANDS = (1 << 64) - 1
 
-_ONE = {
+_ONE: dict[Operation, int] = {
     Operation.READ: lib.IORING_OP_READ,
     Operation.WRITE: lib.IORING_OP_WRITE,
     Operation.RECEIVE: lib.IORING_OP_RECV,
     Operation.SEND: lib.IORING_OP_SEND,
 }
-_REGISTERED = {
+_REGISTERED: dict[Operation, int] = {
     Operation.READ: lib.IORING_OP_READ_FIXED,
     Operation.WRITE: lib.IORING_OP_WRITE_FIXED,
 }
-_MANY = {
+_MANY: dict[Operation, int] = {
     Operation.READ: lib.IORING_OP_READV,
     Operation.WRITE: lib.IORING_OP_WRITEV,
     Operation.RECEIVE: lib.IORING_OP_RECVMSG,
     Operation.SEND: lib.IORING_OP_SENDMSG,
 }
+_REGISTERED_MAX: int = lib.URING_FIXED_MAX
 
 
 class UringEngine(Engine):
@@ -207,7 +208,7 @@ class UringEngine(Engine):
         if not self.registered or not length or operation not in _REGISTERED:
             return -1
         at = address - self._memory.address
-        first, last = at // lib.URING_FIXED_MAX, (at + length - 1) // lib.URING_FIXED_MAX
+        first, last = at // _REGISTERED_MAX, (at + length - 1) // _REGISTERED_MAX
         return first if first == last else -1
 
     def _no_offset(self, fd: int) -> int:

@@ -57,7 +57,7 @@ class ThreadEngine(Engine):
     def start(self, transfer: Transfer) -> None:
         """As the base class says."""
         lines = self._waiting.get(transfer.fd)
-        fills = transfer.operation.fills
+        fills = transfer.fills
         if lines is not None:
             lines[fills][transfer] = None
             if len(lines[fills]) == 1:
@@ -81,7 +81,7 @@ class ThreadEngine(Engine):
         """As the base class says."""
         if self._queue.pop(transfer, None) is None:
             lines = self._waiting.get(transfer.fd)
-            line = lines[transfer.operation.fills] if lines else None
+            line = lines[transfer.fills] if lines else None
             if not lines or line is None or transfer not in line:
                 return  # a thread has it, and nobody can stop that
             del line[transfer]
@@ -192,7 +192,7 @@ class ThreadEngine(Engine):
 
     def _run(self, transfer: Transfer, fd: int, ready: bool) -> None:
         """In a thread."""
-        fills = transfer.operation.fills
+        fills = transfer.fills
         pieces = self._pieces(transfer)
         if ready and not fills:  # ready means that so much does not block
             address, length = pieces[0]
