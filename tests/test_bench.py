@@ -46,3 +46,18 @@ def test_throughput_is_verified_and_written(tmp_path):
 
 def test_help_has_an_example():
     assert "python -m bench --quick" in run("--help")
+
+
+def test_the_bench_of_pools_writes_its_page_and_keeps_the_notes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("old\n\n<!-- notes -->\nwhat somebody wrote\n")
+    subprocess.run(
+        [sys.executable, "-m", "bench.pool", page, "--rounds", "1", "--mebibytes", "1",
+         "--file-mebibytes", "4", "--directory", tmp_path],
+        cwd=ROOT, check=True, capture_output=True, timeout=120,
+    )
+    text = page.read_text()
+    for name in ("pool, submit", "pool, await, engine threads", "asyncio.to_thread"):
+        assert text.count(f"| {name} |") == 3
+    assert "old" not in text
+    assert text.endswith("<!-- notes -->\nwhat somebody wrote\n")
