@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import socket
 import struct
 from array import array
 from collections import OrderedDict, deque
@@ -184,11 +183,9 @@ class UringEngine(Engine):
 
     def _entry_of(self, transfer: Transfer) -> bytes:
         operation, segments = transfer.operation, transfer.segments
-        flags, offset = 0, transfer.offset
-        if transfer.sock is not None:
-            flags, offset = socket.MSG_NOSIGNAL, 0
-        elif offset is None:
-            offset = _WHERE_IT_STANDS
+        offset = transfer.offset
+        if offset is None:  # for a socket this is something else, which is not used
+            offset = _WHERE_IT_STANDS if transfer.sock is None else 0
         if len(segments) > 1:
             code = _MANY[operation]
             address, length = _scattered(transfer)
@@ -199,7 +196,7 @@ class UringEngine(Engine):
             index = self._registered_as(operation, address, length)
             code = _ONE[operation] if index < 0 else _REGISTERED[operation]
         return _ENTRY.pack(
-            code, 0, 0, transfer.fd, offset, address, length, flags, transfer.number,
+            code, 0, 0, transfer.fd, offset, address, length, 0, transfer.number,
             max(index, 0), 0, 0, 0, 0,
         )  # fmt: skip
 

@@ -209,15 +209,19 @@ async def test_a_peer_that_leaves_closes_the_pools_of_the_link():
                 pool.allocate(1)
 
 
-async def test_an_endpoint_that_closes_waits_for_its_links_pools(pipe):
-    async with kucomms.Endpoint("server") as server:
-        await server.listen("inproc://pool")
-        async with kucomms.Endpoint("client") as client:
-            link = await client.connect("inproc://pool")
-            pool = await link.open_pool(PAGE)
-            with pool.allocate(1) as buffer:
-                pool.submit_read(pipe[0], buffer)
-        assert pool.statistics().in_flight == 0
+async def test_an_endpoint_that_closes_waits_for_its_links_pools(tmp_path):
+    size = 4 << 20
+    with open(tmp_path / "file", "wb") as file:
+        async with kucomms.Endpoint("server") as server:
+            await server.listen("inproc://pool")
+            async with kucomms.Endpoint("client") as client:
+                link = await client.connect("inproc://pool")
+                pool = await link.open_pool(size)
+                with pool.allocate(size) as buffer:
+                    for number in range(16):
+                        pool.submit_write(file, buffer, number * size)
+                await turns(2)
+            assert pool.statistics().in_flight == 0
 
 
 async def in_child(function):
@@ -234,8 +238,9 @@ async def in_child(function):
     os.close(write)
     with open(read, "rb") as problems:
         problem = await asyncio.to_thread(problems.read)
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
     assert problem == b"", problem.decode()
+    assert status == 0
 
 
 async def test_a_forked_child_gets_errors_and_harms_nobody(pipe):

@@ -229,6 +229,18 @@ async def test_many_transfers_are_one_system_call(file, engine):
             assert calls == (2 if engine == "io_uring" else 0)
 
 
+async def test_waiting_costs_nothing(pipe):
+    async with open_pool(PAGE) as pool:
+        with pool.allocate(1) as buffer:
+            task = asyncio.create_task(pool.read(pipe[0], buffer))
+            await turns()
+            before = pool.statistics().system_calls
+            await turns()
+            assert pool.statistics().system_calls == before
+            os.write(pipe[1], b"x")
+            assert await task == 1
+
+
 async def test_sockets(engine):
     one, two = socket.socketpair()
     with one, two:
