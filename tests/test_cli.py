@@ -362,6 +362,15 @@ def test_doctor_json(run):
         assert bool(check["remedy"]) == (check["status"] != "ok")
 
 
+def test_doctor_says_where_pools_use_threads(run):
+    code, out, err = run("doctor", "--json", env=os.environ | {"KUCOMMS_IO": "threads"})
+    assert (code, err) == (0, "")
+    (check,) = (one for one in json.loads(out)["checks"] if one["name"] == "asynchronous I/O")
+    assert check["status"] == "warn"
+    assert "threads" in check["detail"]
+    assert "io_uring" in check["remedy"]
+
+
 def test_doctor_says_what_is_wrong(run, tmp_path):
     directory = tmp_path / "kucomms"
     directory.mkdir()

@@ -113,6 +113,23 @@ def _memfd() -> Check:
     return Check("memfd", "ok", "sealed memory for peers of other users")
 
 
+async def _pool() -> Check:
+    name = "asynchronous I/O"
+    async with kucomms.open_pool(1 << 20) as pool:
+        statistics = pool.statistics()
+    if statistics.engine != "io_uring":
+        return Check(
+            name, "warn", f"pools use threads: {statistics.engine_reason}",
+            "pools work, and cost more CPU time; allow the system calls of io_uring",
+        )
+    if not statistics.registered:
+        return Check(
+            name, "warn", f"io_uring, {statistics.engine_reason}",
+            "pools work, and cost more CPU time; raise the limit of locked memory",
+        )
+    return Check(name, "ok", "pools use io_uring, with registered memory")
+
+
 def _pidfd() -> Check:
     name = "peer's death"
     so_peerpidfd = 77
@@ -348,6 +365,7 @@ _CHECKS: tuple[tuple[str, Callable[[], Check] | Callable[[], Awaitable[Check]]],
     ("shared memory", _dev_shm),
     ("memfd", _memfd),
     ("peer's death", _pidfd),
+    ("asynchronous I/O", _pool),
     ("directory of sockets", _rendezvous),
     ("RLIMIT_NOFILE", _open_files),
     ("inproc://", _inproc),
