@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from socket import MSG_DONTWAIT, MSG_TRUNC, socket
+import errno
+from socket import socket
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from kucomms import _core
 from kucomms.exceptions import ClosedError
 
 if TYPE_CHECKING:
@@ -82,13 +84,10 @@ class Receiver:
         self._dropping = wanted
 
     def _drop(self) -> None:
-        scratch = bytearray(1)
         for _ in range(_AT_ONCE):
-            try:
-                self._sock.recv_into(scratch, 1, MSG_DONTWAIT | MSG_TRUNC)
-            except BlockingIOError:
+            result = _core.drop_message(self._sock.fileno())
+            if result == -errno.EAGAIN:
                 return
-            except OSError:
-                continue  # that of a datagram that was sent, which nobody asks for either
-            self._dropped += 1
-            self._pool._dropped += 1
+            if not result:  # else the error of one that was sent, which nobody asks for either
+                self._dropped += 1
+                self._pool._dropped += 1

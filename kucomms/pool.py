@@ -373,11 +373,11 @@ class Pool:
         """Write the buffers to ``file`` at ``offset``, or where it stands."""
         return await self._transfer(Operation.WRITE, file, buffers, offset)
 
-    async def receive(self, sock: socket, buffers: Piece | Sequence[Piece]) -> int:
+    async def receive(self, sock: Any, buffers: Piece | Sequence[Piece]) -> int:
         """Receive from a socket: what is there of a stream, or a datagram."""
         return await self._transfer(Operation.RECEIVE, sock, buffers, None)
 
-    async def send(self, sock: socket, buffers: Piece | Sequence[Piece]) -> int:
+    async def send(self, sock: Any, buffers: Piece | Sequence[Piece]) -> int:
         """Send through a socket: some of it, if it is a stream, or one datagram."""
         return await self._transfer(Operation.SEND, sock, buffers, None)
 
@@ -417,13 +417,13 @@ class Pool:
         return self._start(Operation.WRITE, file, buffers, offset, tag, None)
 
     def submit_receive(
-        self, sock: socket, buffers: Piece | Sequence[Piece], *, tag: Any = None
+        self, sock: Any, buffers: Piece | Sequence[Piece], *, tag: Any = None
     ) -> Transfer:
         """Begin a ``receive``, and do not wait. How it ends comes from ``completions``."""
         return self._start(Operation.RECEIVE, sock, buffers, None, tag, None)
 
     def submit_send(
-        self, sock: socket, buffers: Piece | Sequence[Piece], *, tag: Any = None
+        self, sock: Any, buffers: Piece | Sequence[Piece], *, tag: Any = None
     ) -> Transfer:
         """Begin a ``send``, and do not wait. How it ends comes from ``completions``."""
         return self._start(Operation.SEND, sock, buffers, None, tag, None)
@@ -474,16 +474,12 @@ class Pool:
         future: asyncio.Future[int] | None,
     ) -> Transfer:
         self._check()
-        on_socket = operation is Operation.RECEIVE or operation is Operation.SEND
-        if on_socket and not isinstance(file, socket):
-            raise TypeError(f"send and receive take a socket.socket, not {file!r}")
         fd = file if isinstance(file, int) else file.fileno()
         if not -1 <= fd < 1 << 31:
             fd = -1  # a number that no descriptor can have; EBADF, as for others
         transfer = Transfer(
             operation,
             fd,
-            sock=file if on_socket else None,
             offset=offset,
             tag=tag,
             future=future,

@@ -7,6 +7,7 @@ GIL), ``_setup`` for what runs per link (drops it).
 
 import errno
 import os
+from array import array
 from typing import Any
 
 from kucomms._core import _setup  # type: ignore[attr-defined]
@@ -66,11 +67,13 @@ __all__ = [
     "configure",
     "drain_eventfd",
     "drain_socket",
+    "drop_message",
     "fill_hole",
     "ioctl_setup",
     "lib",
     "map_memory",
     "max_message_size",
+    "move_message",
     "new_record",
     "new_setup",
     "os_error",
@@ -188,6 +191,21 @@ def map_memory(fd: int, size: int) -> int:
     if address < 0:
         raise OSError(-address, os.strerror(-address))
     return address
+
+
+def move_message(fd: int, fills: bool, segments: list[tuple[int, int]]) -> int:
+    """Receive into these pieces of memory, or send them, without waiting.
+
+    ``segments``: address and length of each. Returns the bytes, or a negative errno.
+    Python's own methods would wait as long as the timeout of the socket says.
+    """
+    vector = array("Q", [value for segment in segments for value in segment])
+    return int(lib.setup_message(fd, fills, vector.buffer_info()[0], len(segments)))
+
+
+def drop_message(fd: int) -> int:
+    """Receive a datagram and forget it, without waiting. 0 or a negative errno."""
+    return int(lib.setup_drop_message(fd))
 
 
 def populate_memory(address: int, size: int) -> None:

@@ -76,6 +76,8 @@ ffi.cdef("""
     void setup_populate(uintptr_t at, size_t size);
     int setup_unmap(uintptr_t at, size_t size);
     int setup_fill_hole(uintptr_t at, size_t size);
+    ssize_t setup_message(int fd, int fills, uintptr_t pieces, size_t count);
+    int setup_drop_message(int fd);
 
     #define URING_FIXED_MAX ...
     #define IORING_OP_READV ...
@@ -107,6 +109,7 @@ ffi.set_source(
     #include <stdlib.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
+    #include <sys/socket.h>
     #include <sys/stat.h>
     #include <kucomms/channel.h>
     #include <kucomms/rendezvous.h>
@@ -196,6 +199,26 @@ ffi.set_source(
                            -1, 0);
 
         return pages == MAP_FAILED ? -errno : 0;
+    }
+
+    /* Through a socket, without waiting. @pieces: struct iovec. Return: bytes, or -errno. */
+    static ssize_t setup_message(int fd, int fills, uintptr_t pieces, size_t count)
+    {
+        struct msghdr header = {
+            .msg_iov = (struct iovec *)pieces,
+            .msg_iovlen = count,
+        };
+        ssize_t moved = fills ? recvmsg(fd, &header, MSG_DONTWAIT) :
+                                sendmsg(fd, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        return moved < 0 ? -errno : moved;
+    }
+
+    static int setup_drop_message(int fd)
+    {
+        char byte;
+
+        return recv(fd, &byte, sizeof(byte), MSG_DONTWAIT | MSG_TRUNC) < 0 ? -errno : 0;
     }
     """,
     include_dirs=[str(INCLUDE), str(HERE)],

@@ -7,7 +7,6 @@ import abc
 import asyncio
 import enum
 from collections.abc import Callable
-from socket import socket
 from typing import Any
 
 __all__ = ["BLOCK", "Complete", "Engine", "Operation", "Transfer"]
@@ -34,16 +33,16 @@ class Transfer:
     """A transfer under way; from the ``submit`` methods of a pool."""
 
     __slots__ = (
-        "_cancel", "blocks", "buffers", "fd", "fills", "future", "number", "offset", "operation",
-        "scratch", "segments", "sock", "tag",
+        "_cancel", "blocks", "buffers", "fd", "fills", "future", "number", "offset",
+        "on_socket", "operation", "scratch", "segments", "tag",
     )  # fmt: skip
 
     operation: Operation
     fills: bool
     """Whether it writes into the buffers."""
     fd: int
-    sock: socket | None
-    """For receive and send."""
+    on_socket: bool
+    """Receive or send."""
     segments: list[tuple[int, int]]
     """Address and length of each piece, all in the pool's memory."""
     offset: int | None
@@ -63,7 +62,6 @@ class Transfer:
         operation: Operation,
         fd: int,
         *,
-        sock: socket | None,
         offset: int | None,
         tag: Any,
         future: asyncio.Future[int] | None,
@@ -72,7 +70,7 @@ class Transfer:
         self.operation = operation
         self.fills = operation < Operation.WRITE
         self.fd = fd
-        self.sock = sock
+        self.on_socket = operation is Operation.RECEIVE or operation is Operation.SEND
         self.offset = offset
         self.tag = tag
         self.future = future

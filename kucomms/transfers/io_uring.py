@@ -185,7 +185,7 @@ class UringEngine(Engine):
         operation, segments = transfer.operation, transfer.segments
         offset = transfer.offset
         if offset is None:  # for a socket this is something else, which is not used
-            offset = _WHERE_IT_STANDS if transfer.sock is None else 0
+            offset = 0 if transfer.on_socket else _WHERE_IT_STANDS
         if len(segments) > 1:
             code = _MANY[operation]
             address, length = _scattered(transfer)
@@ -236,7 +236,7 @@ def _scattered(transfer: Transfer) -> tuple[int, int]:
     """Address and number of what describes several pieces; the transfer keeps it."""
     vector = array("Q", [value for segment in transfer.segments for value in segment])
     address, _ = vector.buffer_info()
-    if transfer.sock is None:
+    if not transfer.on_socket:
         transfer.scratch = vector
         return address, len(transfer.segments)
     message = array("Q", [0, 0, address, len(transfer.segments), 0, 0, 0])  # struct msghdr

@@ -12,13 +12,13 @@ import asyncio
 import errno
 import os
 import select
-import socket
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from kucomms import _core
 from kucomms._pool_memory import PoolMemory
-from kucomms.transfers.base import Complete, Engine, Operation, Transfer
+from kucomms.transfers.base import Complete, Engine, Transfer
 
 __all__ = ["ThreadEngine"]
 
@@ -66,8 +66,11 @@ class ThreadEngine(Engine):
         try:
             self._epoll.register(transfer.fd, 0)
         except PermissionError:  # a file, which is always ready, and blocks nevertheless
-            self._queue[transfer] = False
-            self._hand_over()
+            if transfer.on_socket:
+                self._end(transfer, -errno.ENOTSOCK)
+            else:
+                self._queue[transfer] = False
+                self._hand_over()
         except ValueError:
             self._end(transfer, -errno.EBADF)
         except OSError as error:
@@ -131,10 +134,10 @@ class ThreadEngine(Engine):
             transfer = next(iter(line))
             try:
                 result = self._attempt(transfer)
-            except BlockingIOError:
-                return
             except OSError as error:
                 result = -(error.errno or errno.EIO)
+            if result == -errno.EAGAIN:
+                return
             if result == -errno.EOPNOTSUPP:
                 # The kernel cannot try this file (before 6.4: a pipe).
                 if ready:
@@ -146,17 +149,13 @@ class ThreadEngine(Engine):
             self._end(transfer, result)
 
     def _attempt(self, transfer: Transfer) -> int:
+        """Bytes or a negative errno, without waiting. Raises OSError."""
+        if transfer.on_socket:
+            return _core.move_message(transfer.fd, transfer.fills, transfer.segments)
         views = [self._memory.view(*segment) for segment in self._pieces(transfer)]
         offset = _NO_OFFSET if transfer.offset is None else transfer.offset
-        sock = transfer.sock
-        if transfer.operation is Operation.READ:
-            return os.preadv(transfer.fd, views, offset, os.RWF_NOWAIT)
-        if transfer.operation is Operation.WRITE:
-            return os.pwritev(transfer.fd, views, offset, os.RWF_NOWAIT)
-        assert sock is not None
-        if transfer.operation is Operation.RECEIVE:
-            return int(sock.recvmsg_into(views, 0, socket.MSG_DONTWAIT)[0])
-        return sock.sendmsg(views, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        call = os.preadv if transfer.fills else os.pwritev
+        return call(transfer.fd, views, offset, os.RWF_NOWAIT)
 
     def _watch(self, fd: int, lines: dict[bool, OrderedDict[Transfer, None]]) -> None:
         """Have epoll report what somebody waits for."""

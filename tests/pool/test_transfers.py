@@ -261,6 +261,18 @@ async def test_sockets(engine):
                 assert bytes(other.data[:3]) == b"ell"
 
 
+async def test_the_timeout_of_a_socket_does_not_hold_up_the_loop(engine):
+    one, two = socket.socketpair()
+    two.settimeout(20)
+    with one, two:
+        async with open_pool(PAGE) as pool:
+            with pool.allocate(10) as buffer:
+                task = asyncio.create_task(pool.receive(two, buffer))
+                asyncio.get_running_loop().call_later(0.01, one.send, b"x")
+                async with asyncio.timeout(10):
+                    assert await task == 1
+
+
 async def test_datagrams_stay_whole(engine):
     one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with one, two:
