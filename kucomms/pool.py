@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from operator import index
 from socket import SOCK_DGRAM, SOCK_SEQPACKET, socket
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -223,7 +224,8 @@ class Pool:
 
     def statistics(self) -> PoolStatistics:
         """The counts of this pool; still there after it is closed."""
-        self._collect()
+        if not self._forked and threading.get_ident() == self._thread:
+            self._collect()
         return PoolStatistics(
             engine=self._engine.name,
             engine_reason=self._engine.reason,
@@ -279,7 +281,7 @@ class Pool:
             self._wake_waiting()
 
     def _pages_for(self, size: int) -> int:
-        pages = -(-size // PAGE)
+        pages = -(-index(size) // PAGE)
         if size < 1 or pages * PAGE > self._quota:
             raise ValueError(
                 f"a buffer of this pool has from 1 to {self._quota} bytes, not {size}; open a "
@@ -486,7 +488,7 @@ class Pool:
             cancel=self._cancel,
         )
         total = self._fill_in(transfer, buffers)
-        if offset is not None and not 0 <= offset <= _OFFSET_MAX - total:
+        if offset is not None and not 0 <= index(offset) <= _OFFSET_MAX - total:
             raise UsageError(f"{total} bytes at offset {offset} are beyond what a file can have")
         for block in transfer.blocks:
             block.transfers += 1
@@ -520,8 +522,7 @@ class Pool:
             block = buffer._block
             if block is None:
                 raise UsageError(f"{buffer!r} was used after it was freed")
-            if length is None:
-                length = block.length
+            length = block.length if length is None else index(length)
             if not (offset >= 0 and length >= 0 and offset + length <= block.length):
                 raise UsageError(f"{length} bytes at {offset} are not inside of {buffer!r}")
             transfer.buffers.append(buffer)
@@ -536,7 +537,8 @@ class Pool:
         return total
 
     def _cancel(self, transfer: Transfer) -> None:
-        if transfer in self._under_way and not self._forked:
+        self._check_thread()
+        if transfer in self._under_way:
             self._engine.cancel(transfer)
 
     def _complete(self, transfer: Transfer, result: int) -> None:
@@ -678,10 +680,10 @@ class Opening:
     """What ``open_pool`` returns: to be awaited, or entered, once."""
 
     def __init__(self, size: int, quota: int | None, link: Link | None = None) -> None:
-        if size < 1:
+        if index(size) < 1:
             raise ValueError(f"a pool has at least 1 byte, not {size}")
         self._size = -(-size // PAGE) * PAGE
-        self._quota = self._size if quota is None else quota
+        self._quota = self._size if quota is None else index(quota)
         if not PAGE <= self._quota <= self._size:
             raise ValueError(
                 f"the quota of a pool of {self._size} bytes is from {PAGE} to that, not {quota}"

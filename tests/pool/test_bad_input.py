@@ -161,6 +161,32 @@ async def test_the_last_offset_is_for_the_system_to_judge(pool, file):
         assert await pool.read(file, buffer, (1 << 63) - 11) == 0
 
 
+async def test_numbers_that_are_none(pool, file):
+    for bad in (1.5, "1", None):
+        with pytest.raises(TypeError):
+            pool.allocate(bad)
+        with pytest.raises(TypeError):
+            open_pool(bad)
+        with pool.allocate(10) as buffer:
+            with pytest.raises(TypeError):
+                await pool.read(file, [(buffer, 0, bad or 1.0)], 0)
+            with pytest.raises(TypeError):
+                await pool.read(file, buffer, bad or 1.0)
+
+
+async def test_transfers_of_other_threads(pool, file):
+    read, write = os.pipe()
+    with pool.allocate(10) as buffer:
+        transfer = pool.submit_read(read, buffer, tag=1)
+        for call in (transfer.cancel, lambda: pool.submit_read(read, buffer)):
+            with pytest.raises(UsageError, match="thread"):
+                await asyncio.to_thread(call)
+        os.write(write, b"x")
+        assert [one async for one in pool.completions()] == [Completion(1, 1, 0)]
+    os.close(read)
+    os.close(write)
+
+
 async def test_no_buffers_and_too_many(pool, file):
     with pool.allocate(10) as buffer:
         for bad in ([], (), [(buffer, 0, 1)] * 100_000, [(buffer, 0, 1)] * 1025):
