@@ -7,9 +7,11 @@ import errno
 import gc
 import mmap
 import os
+import random
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 
 import pytest
 import uvloop
@@ -373,3 +375,48 @@ asyncio.run(main())
     async with asyncio.timeout(60):
         while shared() - before > 32 << 20:  # others on the machine may have a little
             await asyncio.sleep(0.05)
+
+
+async def test_no_buffer_is_written_by_the_transfer_of_another(pipe):
+    """Random reads that are cancelled, freed or awaited, among buffers that must not change."""
+    rng = random.Random(7)
+    os.set_blocking(pipe[1], False)
+    async with open_pool(12 * PAGE) as pool:
+
+        async def bystander():
+            stamp = rng.randbytes(PAGE)
+            with await pool.allocate_when_room(PAGE) as buffer:
+                buffer.data[:] = stamp
+                await turns(rng.randrange(8))
+                assert buffer.data == stamp
+
+        async def reader():
+            with await pool.allocate_when_room(PAGE) as buffer:
+                what = rng.randrange(3)
+                if what == 0:
+                    pool.submit_read(pipe[0], buffer)
+                elif what == 1:
+                    transfer = pool.submit_read(pipe[0], buffer)
+                    await turns(rng.randrange(3))
+                    transfer.cancel()
+                else:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(rng.random() / 1000):
+                            await pool.read(pipe[0], buffer)
+
+        async def feed():
+            while True:
+                with suppress(BlockingIOError):
+                    os.write(pipe[1], bytes(rng.randrange(1, 2 * PAGE)))
+                await asyncio.sleep(0)
+
+        feeding = asyncio.create_task(feed())
+        for _ in range(100):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(20):
+                    group.create_task(rng.choice([bystander, reader])())
+        async for _ in pool.completions():
+            pass
+        feeding.cancel()
+        await nothing_in_flight(pool)
+        assert pool.statistics().allocated == 0
