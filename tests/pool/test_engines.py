@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -136,3 +137,29 @@ async def test_more_than_the_kernel_is_given_at_once(monkeypatch):
             assert len({one.tag async for one in pool.completions()}) == 300
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.asyncio
+async def test_a_thread_that_comes_late_does_not_write_into_another_file(monkeypatch, tmp_path):
+    """The await was cancelled, its file closed, and the number stands for another one."""
+    monkeypatch.setenv("KUCOMMS_IO", "threads")
+    old = os.open(tmp_path / "old", os.O_WRONLY | os.O_CREAT)
+    other = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+    go_on = threading.Event()
+    async with open_pool(1 << 20) as pool:
+        engine = pool._engine
+        for _ in range(engine._workers):  # no thread comes to it
+            engine._threads.submit(go_on.wait)
+        with pool.allocate(10) as buffer:
+            buffer.data[:] = b"0123456789"
+            task = asyncio.create_task(pool.write(old, buffer, 0))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            os.dup2(other, old)
+            go_on.set()
+    os.close(old)
+    os.close(other)
+    assert (tmp_path / "other").read_bytes() == b""
+    assert (tmp_path / "old").read_bytes() == b"0123456789"
