@@ -755,8 +755,8 @@ def busy_for_ever(device):
     device.frame(b"x", flags=BUSY)
     device.send(*GOOD)
     assert device.kick() == 0
+    before = device.available  # from the first kick on it may be seen at any time
     device.write_data(at, (1).to_bytes(8, "little"))
-    before = device.available
     assert device.kick() == 0
     until(lambda: device.available - before >= HEADER * 6)
     until(lambda: device.released == device.position)
