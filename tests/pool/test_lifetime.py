@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: ASYNC110, ASYNC222, ASYNC230, ASYNC240
+# ruff: noqa: ASYNC110, ASYNC230, ASYNC240
 """What ends while transfers are under way: tasks, buffers, pools, links, loops, processes."""
 
 import asyncio
@@ -10,7 +10,7 @@ import os
 import random
 import subprocess
 import sys
-import traceback
+import tempfile
 from contextlib import suppress
 
 import pytest
@@ -19,6 +19,7 @@ import uvloop
 import kucomms
 from kucomms import ClosedError, Completion, PoolFull, UsageError, open_pool
 from tests.pool.conftest import of_pools
+from tests.transports.processes import in_child
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("engine")]
 
@@ -226,25 +227,6 @@ async def test_an_endpoint_that_closes_waits_for_its_links_pools(tmp_path):
             assert pool.statistics().in_flight == 0
 
 
-async def in_child(function):
-    """Run this in a forked child; fail with what went wrong there."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            function()
-        except BaseException:
-            os.write(write, traceback.format_exc().encode())
-            os._exit(1)
-        os._exit(0)
-    os.close(write)
-    with open(read, "rb") as problems:
-        problem = await asyncio.to_thread(problems.read)
-    _, status = os.waitpid(pid, 0)
-    assert problem == b"", problem.decode()
-    assert status == 0
-
-
 async def test_a_forked_child_gets_errors_and_harms_nobody(pipe):
     before = of_pools("io_uring")
     async with open_pool(PAGE) as pool:
@@ -356,7 +338,6 @@ async def main():
         os.kill(os.getpid(), 9)
 asyncio.run(main())
 """
-    import tempfile
 
     def shared():
         with open("/proc/meminfo") as lines:
@@ -374,7 +355,7 @@ asyncio.run(main())
             assert result.returncode == -9
     async with asyncio.timeout(60):
         while shared() - before > 32 << 20:  # others on the machine may have a little
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)
 
 
 async def test_no_buffer_is_written_by_the_transfer_of_another(pipe):

@@ -7,9 +7,10 @@ import select
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
-__all__ = ["Process", "descriptors", "objects_in_shm"]
+__all__ = ["Process", "descriptors", "in_child", "objects_in_shm", "read_all"]
 
 PATIENCE = 20.0
 """Seconds that a process may take for anything that should take milliseconds."""
@@ -127,6 +128,35 @@ async def _readable(fd):
         await ready
     finally:
         loop.remove_reader(fd)
+
+
+async def in_child(function):
+    """Run this in a forked child; fail with what went wrong there."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            function()
+        except BaseException:
+            os.write(write, traceback.format_exc().encode())
+            os._exit(1)
+        os._exit(0)
+    os.close(write)
+    try:
+        problem = await asyncio.to_thread(read_all, read)
+    finally:
+        os.close(read)
+    _pid, status = os.waitpid(pid, 0)  # noqa: ASYNC222 - it has ended
+    assert problem == b"", problem.decode()
+    assert status == 0
+
+
+def read_all(fd):
+    """What comes from a descriptor, until its end."""
+    data = b""
+    while part := os.read(fd, 65536):
+        data += part
+    return data
 
 
 def descriptors():

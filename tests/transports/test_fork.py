@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: ASYNC220, ASYNC222, PLW0108, PT012, PT017
+# ruff: noqa: ASYNC220, PLW0108, PT012, PT017
 """Forking and executing with live links: it works, or it is a clear error."""
 
 import asyncio
@@ -8,13 +8,12 @@ import itertools
 import os
 import subprocess
 import sys
-import traceback
 
 import pytest
 
 import kucomms
 from kucomms import Endpoint, UsageError
-from tests.transports.processes import PATIENCE, Process
+from tests.transports.processes import PATIENCE, Process, in_child, read_all
 
 pytestmark = pytest.mark.asyncio
 
@@ -24,34 +23,6 @@ _numbers = itertools.count()
 @pytest.fixture(params=["shm", "inproc"])
 def url(request):
     return f"{request.param}://fork_{os.getpid()}_{next(_numbers)}"
-
-
-async def in_child(function):
-    """Run this in a forked child; fail with what went wrong there."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            function()
-        except BaseException:
-            os.write(write, traceback.format_exc().encode())
-            os._exit(1)
-        os._exit(0)
-    os.close(write)
-    try:
-        problem = await asyncio.to_thread(_read_all, read)
-    finally:
-        os.close(read)
-    _pid, status = os.waitpid(pid, 0)
-    assert problem == b"", problem.decode()
-    assert status == 0
-
-
-def _read_all(fd):
-    data = b""
-    while part := os.read(fd, 65536):
-        data += part
-    return data
 
 
 def run_at_once(coroutine):
@@ -274,7 +245,7 @@ async def test_programs_inherit_nothing():
         process = subprocess.Popen([sys.executable, "-c", code], stdout=write, close_fds=False)
         os.close(write)
         try:
-            listing = await asyncio.to_thread(_read_all, read)
+            listing = await asyncio.to_thread(read_all, read)
         finally:
             os.close(read)
             process.wait()
