@@ -356,3 +356,45 @@ def test_sync_replaces_a_directory_by_a_file_and_back(tmp_path):
     (source / "x/y").write_text("3")
     guest.sync(source, target)
     assert _tree(target) == {"x": None, "x/y": "3"}
+
+
+def run_with(tmp_path, monkeypatch, vng):
+    """A run where a shell script takes the place of virtme-ng, and nothing is built."""
+    tree, program = tmp_path / "tree", tmp_path / "bin/vng"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncd {tmp_path}\necho boot >>boots\n{vng}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(guest, "BIN", program.parent)
+    monkeypatch.setattr(guest, "build", lambda *_: tree)
+    kernel = guest.Kernel("6.12", tmp_path / "vmlinuz", tmp_path)
+    with (tmp_path / "shown").open("wb") as show:
+        return guest.run(kernel, ["true"], tmp_path / "logs", show, cpus=1, memory="1G", timeout=60)
+
+
+def test_a_kernel_that_dies_while_it_boots_is_booted_again(tmp_path, monkeypatch):
+    verdict = run_with(
+        tmp_path,
+        monkeypatch,
+        'if [ "$(wc -l <boots)" -lt 3 ]; then echo "Kernel panic: int3" >&2; exit; fi\n'
+        f'echo "{MARKER}" >&2; echo 0 >logs/6.12/status',
+    )
+    assert verdict.ok
+    assert verdict.boots == 3
+    assert "int3" in (tmp_path / "logs/6.12/dmesg-2.log").read_text()
+
+
+def test_a_kernel_that_never_boots_fails(tmp_path, monkeypatch):
+    verdict = run_with(tmp_path, monkeypatch, 'echo "Kernel panic - not syncing: no root" >&2')
+    assert not verdict.ok
+    assert verdict.boots == 3
+    assert "no root" in verdict.error
+    assert len(verdict.findings) == 1
+
+
+def test_a_kernel_that_dies_under_the_command_is_not_booted_again(tmp_path, monkeypatch):
+    verdict = run_with(
+        tmp_path, monkeypatch, f'echo "{MARKER}" >&2; echo "Kernel panic - not syncing: x" >&2'
+    )
+    assert not verdict.ok
+    assert verdict.boots == 1
+    assert len(verdict.findings) == 1
