@@ -133,6 +133,7 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size)
 	init_waitqueue_head(&channel->wait);
 	init_irq_work(&channel->signal, signal_work);
 	INIT_WORK(&channel->release, channel_release_work);
+	channel->number = -ENOENT;
 	channel->ring_size = ring_size;
 	channel->side_pages = KUCOMMS_CONTROL_PAGES + (ring_size >> PAGE_SHIFT);
 
@@ -815,6 +816,18 @@ kucomms_channel_endpoint(struct kucomms_channel *channel)
 	return channel->endpoint;
 }
 EXPORT_SYMBOL_GPL(kucomms_channel_endpoint);
+
+/**
+ * kucomms_channel_number - which of the numbered channels it is
+ * @channel: the channel, from its open callback on
+ *
+ * Return: the number, or -ENOENT when its endpoint does not number them.
+ */
+int kucomms_channel_number(struct kucomms_channel *channel)
+{
+	return channel->number;
+}
+EXPORT_SYMBOL_GPL(kucomms_channel_number);
 
 /**
  * kucomms_channel_priv - what the module has put there

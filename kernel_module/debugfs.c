@@ -42,6 +42,8 @@ static int channel_show(struct seq_file *file, void *unused)
 	seq_printf(file, "pid %d\n", channel->pid);
 	seq_printf(file, "uid %u\n",
 		   from_kuid_munged(&init_user_ns, channel->uid));
+	if (channel->number >= 0)
+		seq_printf(file, "number %d\n", channel->number);
 	seq_printf(file, "ring_size %llu\n", channel->ring_size);
 	seq_printf(file, "messages_sent %llu\n",
 		   count_of(&channel->messages_sent));

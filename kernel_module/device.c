@@ -18,11 +18,13 @@
  * @device: which device
  * @lock: for setting up
  * @channel: once it is set up; does not change after that
+ * @seen: the device's news when there was no channel to be had; 0 before that
  */
 struct kucomms_file {
 	struct kucomms_device *device;
 	struct mutex lock;	/* of setting up */
 	struct kucomms_channel *channel;
+	u64 seen;
 };
 
 static struct kucomms_channel *channel_of(struct file *file)
@@ -73,6 +75,10 @@ static int device_release(struct inode *inode, struct file *file)
 
 /* ---- setting up ---------------------------------------------------------- */
 
+static_assert(sizeof(struct kucomms_setup) == 184);
+static_assert(offsetof(struct kucomms_setup, flags) == 120);
+static_assert(offsetof(struct kucomms_setup, channel) == 124);
+
 static int check_setup(const struct kucomms_setup *setup)
 {
 	if (setup->version != KUCOMMS_ABI_VERSION ||
@@ -80,7 +86,8 @@ static int check_setup(const struct kucomms_setup *setup)
 		return -EPROTONOSUPPORT;
 	if (setup->hello_length > KUCOMMS_HELLO_MAX || setup->page_size ||
 	    setup->side_size || setup->side_offset[0] ||
-	    setup->side_offset[1] ||
+	    setup->side_offset[1] || setup->flags & ~KUCOMMS_SETUP_NUMBER ||
+	    (setup->channel && !(setup->flags & KUCOMMS_SETUP_NUMBER)) ||
 	    memchr_inv(setup->reserved, 0, sizeof(setup->reserved)))
 		return -EINVAL;
 	return 0;
@@ -101,6 +108,10 @@ static void answer_setup(struct kucomms_setup *setup,
 	setup->side_offset[1] = side_size;
 	setup->hello_length = options->hello_length;
 	memcpy(setup->hello, options->hello, options->hello_length);
+	if (channel->number >= 0) {
+		setup->flags = KUCOMMS_SETUP_NUMBER;
+		setup->channel = channel->number;
+	}
 }
 
 /**
@@ -108,32 +119,44 @@ static void answer_setup(struct kucomms_setup *setup,
  * @endpoint: its serial
  * @ring_size: of each ring
  * @flags: its options
+ * @wanted: the number that is asked for, or -1
+ * @news: the device's, before it was asked
  */
 struct kucomms_terms {
 	u64 endpoint;
 	u64 ring_size;
 	u32 flags;
+	s64 wanted;
+	u64 news;
 };
 
 /*
- * The terms of the endpoint for who asks for rings of @asked bytes. Return: 0,
- * -ENOTCONN, -EBUSY: before anything is made in vain.
+ * The terms of the endpoint for who asks for this. Return: 0, -ENOTCONN, or as
+ * kucomms_endpoint_admits(): before anything is allocated in vain.
  */
-static int ask_for_terms(struct kucomms_device *device, u64 asked,
+static int ask_for_terms(struct kucomms_device *device,
+			 const struct kucomms_setup *setup,
 			 struct kucomms_terms *terms)
 {
 	const struct kucomms_endpoint_options *options;
 	int err = -ENOTCONN;
+	u64 asked;
 
+	terms->wanted = setup->flags & KUCOMMS_SETUP_NUMBER ? setup->channel :
+							      -1;
+	/* pairs with atomic64_inc_return() in tell_news() */
+	terms->news = atomic64_read_acquire(&device->news);
 	mutex_lock(&kucomms_lock);
 	if (device->endpoint) {
 		options = &device->endpoint->options;
 		terms->endpoint = device->endpoint->serial;
-		asked = clamp_t(u64, asked ?: options->ring_size, PAGE_SIZE,
-				options->max_ring_size);
+		asked = clamp_t(u64, setup->ring_size ?: options->ring_size,
+				PAGE_SIZE, options->max_ring_size);
 		terms->ring_size = roundup_pow_of_two(asked);
 		terms->flags = options->flags;
-		err = kucomms_endpoint_full(device->endpoint) ? -EBUSY : 0;
+		err = kucomms_endpoint_admits(device->endpoint, terms->wanted);
+		if (err >= 0 || err == -ENOENT)
+			err = 0;
 	}
 	mutex_unlock(&kucomms_lock);
 	return err;
@@ -172,7 +195,8 @@ err_put:
 
 /*
  * Give what was prepared to the endpoint that it was prepared for, and tell of
- * that one. Return: 0, -ENOTCONN, -EBUSY, -ESTALE when there is another by now.
+ * that one. Return: 0, -ENOTCONN, -ESTALE when there is another by now, or as
+ * kucomms_endpoint_attach().
  */
 static int hand_over(struct kucomms_file *kfile,
 		     const struct kucomms_terms *terms,
@@ -187,38 +211,68 @@ static int hand_over(struct kucomms_file *kfile,
 	if (endpoint && endpoint->serial != terms->endpoint)
 		err = -ESTALE;
 	else if (endpoint)
-		err = kucomms_endpoint_attach(endpoint, channel, runner);
+		err = kucomms_endpoint_attach(endpoint, channel, runner,
+					      terms->wanted);
 	if (!err)
 		answer_setup(setup, channel, &endpoint->options);
 	mutex_unlock(&kucomms_lock);
 	return err;
 }
 
+/*
+ * One try. Return: 0, -ESTALE when there is another endpoint by now, -EAGAIN when
+ * the channel that is wanted just ends, other errors.
+ */
+static int ask_for_channel(struct kucomms_file *kfile,
+			   struct kucomms_setup *setup,
+			   struct kucomms_terms *terms,
+			   struct kucomms_channel **channel)
+{
+	struct kucomms_runner *runner;
+	int err;
+
+	err = ask_for_terms(kfile->device, setup, terms);
+	if (!err)
+		err = prepare(kfile, terms, channel, &runner);
+	if (err)
+		return err;
+	(*channel)->pid = task_tgid_nr(current);
+	(*channel)->uid = current_euid();
+	(*channel)->hello_length = setup->hello_length;
+	memcpy((*channel)->hello, setup->hello, setup->hello_length);
+	err = hand_over(kfile, terms, *channel, runner, setup);
+	if (err) {
+		if (runner)
+			kucomms_runner_stop(runner);
+		kucomms_channel_put(*channel);
+	}
+	return err;
+}
+
+/* Has anything changed since these terms were asked for? */
+static bool has_news(struct kucomms_device *device, u64 seen)
+{
+	return atomic64_read(&device->news) != seen;
+}
+
 static int set_up(struct kucomms_file *kfile, struct kucomms_setup *setup)
 {
+	struct kucomms_device *device = kfile->device;
 	struct kucomms_channel *channel;
-	struct kucomms_runner *runner;
 	struct kucomms_terms terms;
 	int err;
 
 	do {
-		err = ask_for_terms(kfile->device, setup->ring_size, &terms);
-		if (!err)
-			err = prepare(kfile, &terms, &channel, &runner);
-		if (err)
-			return err;
-		channel->pid = task_tgid_nr(current);
-		channel->uid = current_euid();
-		channel->hello_length = setup->hello_length;
-		memcpy(channel->hello, setup->hello, setup->hello_length);
-		err = hand_over(kfile, &terms, channel, runner, setup);
-		if (err) {
-			if (runner)
-				kucomms_runner_stop(runner);
-			kucomms_channel_put(channel);
-		}
-		/* Each time round, an endpoint went and another came. */
-	} while (err == -ESTALE && !fatal_signal_pending(current));
+		err = ask_for_channel(kfile, setup, &terms, &channel);
+		if (err == -EAGAIN &&
+		    wait_event_killable(device->wait,
+					has_news(device, terms.news)))
+			return -EINTR;
+		/* Each time round, an endpoint or a channel went. */
+	} while ((err == -ESTALE || err == -EAGAIN) &&
+		 !fatal_signal_pending(current));
+	if (err == -ECHRNG || err == -EADDRINUSE || err == -EBUSY)
+		WRITE_ONCE(kfile->seen, terms.news);
 	if (err)
 		return err;
 
@@ -387,15 +441,20 @@ static __poll_t device_poll(struct file *file, poll_table *table)
 {
 	struct kucomms_channel *channel = channel_of(file);
 	struct kucomms_file *kfile = file->private_data;
+	__poll_t events = 0;
+	u64 seen;
 
 	if (channel) {
 		poll_wait(file, &channel->wait, table);
 		return kucomms_channel_events(channel);
 	}
 	poll_wait(file, &kfile->device->wait, table);
-	if (!READ_ONCE(kfile->device->endpoint))
-		return 0;
-	return EPOLLIN | EPOLLRDNORM | EPOLLOUT | EPOLLWRNORM;
+	if (READ_ONCE(kfile->device->endpoint))
+		events |= EPOLLIN | EPOLLRDNORM | EPOLLOUT | EPOLLWRNORM;
+	seen = READ_ONCE(kfile->seen);
+	if (seen && has_news(kfile->device, seen))
+		events |= EPOLLPRI;
+	return events;
 }
 
 static int device_mmap(struct file *file, struct vm_area_struct *vma)

@@ -10,6 +10,9 @@
 
 LIST_HEAD(kucomms_endpoints);
 
+/* Held while numbered channels are declared, which allocates. */
+static DEFINE_MUTEX(kucomms_announce_lock);
+
 static u64 last_serial;		/* kucomms_lock */
 
 static struct kucomms_endpoint *find_endpoint(const char *name)
@@ -43,7 +46,8 @@ static int take_options(struct kucomms_endpoint *endpoint,
 	if (asked) {
 		if (!size_fits(asked, asked->size, sizeof(*asked)) ||
 		    asked->flags & ~(KUCOMMS_THREAD_PER_CHANNEL |
-				     KUCOMMS_RX_IN_PLACE) ||
+				     KUCOMMS_RX_IN_PLACE | KUCOMMS_NUMBERED) ||
+		    asked->numbered > KUCOMMS_NUMBERED_MAX ||
 		    asked->hello_length > KUCOMMS_HELLO_MAX ||
 		    (asked->hello_length && !asked->hello))
 			return -EINVAL;
@@ -58,8 +62,155 @@ static int take_options(struct kucomms_endpoint *endpoint,
 		    options->ring_size);
 	options->busy_poll_ns = min_t(u64, options->busy_poll_ns,
 				      KUCOMMS_BUSY_POLL_LIMIT);
+	if (options->numbered)
+		options->flags |= KUCOMMS_NUMBERED;
 	return 0;
 }
+
+/* ---- numbered channels --------------------------------------------------- */
+
+/*
+ * endpoint->numbers has an entry for each number: the channel that has it, or
+ * NOBODY with the mark FREE. They are made when channels are declared; so nothing
+ * is allocated when one is taken, and the lowest free one is found by the mark.
+ */
+#define NOBODY	xa_mk_value(0)
+#define FREE	XA_MARK_0
+
+/* Make the entries of all numbers up to @count. May sleep, one at a time. */
+static int declare(struct kucomms_endpoint *endpoint, u32 count)
+{
+	u32 number;
+	int err;
+
+	for (number = endpoint->numbered; number < count; number++) {
+		err = xa_err(xa_store(&endpoint->numbers, number, NOBODY,
+				      GFP_KERNEL));
+		if (err)
+			return err;
+		xa_set_mark(&endpoint->numbers, number, FREE);
+		cond_resched();
+	}
+	return 0;
+}
+
+/* The endpoint's device has @news for who did not get a channel. */
+static void tell_news(struct kucomms_device *device)
+{
+	/*
+	 * After what has changed. pairs with atomic64_read_acquire() in
+	 * ask_for_terms()
+	 */
+	atomic64_inc_return(&device->news);
+	wake_up_poll(&device->wait, EPOLLPRI);
+}
+
+/* Whether a channel is open, and nobody has begun to close it. */
+static bool stays_open(const struct kucomms_channel *channel)
+{
+	const unsigned long ends = BIT(KUCOMMS_USER_GONE) | BIT(KUCOMMS_BROKEN) |
+				   BIT(KUCOMMS_CLOSE_WANTED) |
+				   BIT(KUCOMMS_HUNG_UP);
+
+	return (READ_ONCE(channel->state) & (BIT(KUCOMMS_OPENED) | ends)) ==
+	       BIT(KUCOMMS_OPENED);
+}
+
+/* The channel of this number, with a reference, if it stays open; or NULL. */
+static struct kucomms_channel *get_numbered(struct kucomms_endpoint *endpoint,
+					    u32 number)
+{
+	struct kucomms_channel *channel;
+
+	/* With its lock: who takes it out puts it after that. */
+	xa_lock(&endpoint->numbers);
+	channel = xa_load(&endpoint->numbers, number);
+	if (channel && !xa_is_value(channel) && stays_open(channel))
+		kucomms_channel_get(channel);
+	else
+		channel = NULL;
+	xa_unlock(&endpoint->numbers);
+	return channel;
+}
+
+/* Whether the channel of this number has lost its user, and is just closed. */
+static bool number_ends(struct kucomms_endpoint *endpoint, u32 number)
+{
+	struct kucomms_channel *channel;
+	bool ends;
+
+	xa_lock(&endpoint->numbers);
+	channel = xa_load(&endpoint->numbers, number);
+	/* Between the two steps of kucomms_endpoint_detach() it is nobody's. */
+	ends = xa_is_value(channel) ||
+	       test_bit(KUCOMMS_USER_GONE, &channel->state);
+	xa_unlock(&endpoint->numbers);
+	return ends;
+}
+
+/**
+ * kucomms_endpoint_admits - which number would a new channel get?
+ * @endpoint: whose; kucomms_lock is held
+ * @wanted: the number that is asked for, or -1
+ *
+ * Return: the number, -ENOENT for a channel without one; -ECHRNG, -EADDRINUSE,
+ * -EAGAIN when it is taken by one that just ends, -EBUSY.
+ */
+int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted)
+{
+	const struct kucomms_endpoint_options *options = &endpoint->options;
+	unsigned long number = 0;
+
+	if (wanted >= endpoint->numbered)
+		return -ECHRNG;
+	if (wanted >= 0 && !xa_get_mark(&endpoint->numbers, wanted, FREE))
+		return number_ends(endpoint, wanted) ? -EAGAIN : -EADDRINUSE;
+	if (options->max_channels &&
+	    atomic_read(&endpoint->channels) >= options->max_channels)
+		return -EBUSY;
+	if (wanted >= 0)
+		return wanted;
+	if (!(options->flags & KUCOMMS_NUMBERED))
+		return -ENOENT;
+	if (!endpoint->numbered ||
+	    !xa_find(&endpoint->numbers, &number, endpoint->numbered - 1, FREE))
+		return -EBUSY;
+	return number;
+}
+
+/**
+ * kucomms_announce - from now on there are so many numbered channels
+ * @endpoint: an endpoint that numbers its channels
+ * @count: how many, at least as many as there were
+ *
+ * Wakes users that wait for one. May sleep; also from callbacks.
+ *
+ * Return: 0, -EINVAL when they have no numbers or there would be fewer, -E2BIG
+ * for more than KUCOMMS_NUMBERED_MAX, -ENOMEM.
+ */
+int kucomms_announce(struct kucomms_endpoint *endpoint, u32 count)
+{
+	int err;
+
+	if (!(endpoint->options.flags & KUCOMMS_NUMBERED))
+		return -EINVAL;
+	if (count > KUCOMMS_NUMBERED_MAX)
+		return -E2BIG;
+	mutex_lock(&kucomms_announce_lock);
+	err = count < endpoint->numbered ? -EINVAL : declare(endpoint, count);
+	if (!err) {
+		mutex_lock(&kucomms_lock);
+		WRITE_ONCE(endpoint->numbered, count);
+		if (endpoint->device)
+			tell_news(endpoint->device);
+		mutex_unlock(&kucomms_lock);
+	}
+	mutex_unlock(&kucomms_announce_lock);
+	return err;
+}
+EXPORT_SYMBOL_GPL(kucomms_announce);
+
+/* ---- registering --------------------------------------------------------- */
 
 /**
  * kucomms_register - become the endpoint of a device
@@ -93,9 +244,13 @@ kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 	endpoint->priv = priv;
 	INIT_LIST_HEAD(&endpoint->runners);
 	init_waitqueue_head(&endpoint->wait);
+	xa_init(&endpoint->numbers);
 	err = take_options(endpoint, options);
+	if (!err)
+		err = declare(endpoint, endpoint->options.numbered);
 	if (err)
 		goto err_free;
+	endpoint->numbered = endpoint->options.numbered;
 	if (!(endpoint->options.flags & KUCOMMS_THREAD_PER_CHANNEL)) {
 		runner = kucomms_runner_new(name);
 		if (IS_ERR(runner)) {
@@ -120,6 +275,7 @@ kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 	endpoint->device = kucomms_find_device(name);
 	if (endpoint->device) {
 		WRITE_ONCE(endpoint->device->endpoint, endpoint);
+		atomic64_inc(&endpoint->device->news);
 		wake_up_all(&endpoint->device->wait);
 	}
 	mutex_unlock(&kucomms_lock);
@@ -129,6 +285,7 @@ err_stop:
 	if (endpoint->shared)
 		kucomms_runner_stop(endpoint->shared);
 err_free:
+	xa_destroy(&endpoint->numbers);
 	kfree(endpoint);
 	return ERR_PTR(err);
 }
@@ -152,8 +309,10 @@ int kucomms_unregister(struct kucomms_endpoint *endpoint)
 
 	mutex_lock(&kucomms_lock);
 	list_del(&endpoint->list);
-	if (endpoint->device)
+	if (endpoint->device) {
 		WRITE_ONCE(endpoint->device->endpoint, NULL);
+		tell_news(endpoint->device);
+	}
 	endpoint->device = NULL;
 	/* From here on nobody finds it, so no channel comes any more. */
 	list_for_each_entry(runner, &endpoint->runners, list) {
@@ -168,6 +327,7 @@ int kucomms_unregister(struct kucomms_endpoint *endpoint)
 	/* Who woke us still has the lock: let it finish. */
 	mutex_lock(&kucomms_lock);
 	mutex_unlock(&kucomms_lock);
+	xa_destroy(&endpoint->numbers);
 	kfree(endpoint);
 	atomic_dec(&kucomms_alive.endpoints);
 	return 0;
@@ -196,6 +356,41 @@ int kucomms_wait_open(struct kucomms_endpoint *endpoint, s64 timeout_ns)
 EXPORT_SYMBOL_GPL(kucomms_wait_open);
 
 /**
+ * kucomms_wait_channel - wait until somebody has a channel
+ * @endpoint: whose; must not be unregistered meanwhile
+ * @number: of the channel
+ * @timeout_ns: nanoseconds, 0 to look only, negative for ever
+ *
+ * Not from a callback, unless @timeout_ns is 0. When the channel has lost its user,
+ * the next one is waited for.
+ *
+ * Return: the channel, to be given to kucomms_channel_put(), or an error pointer:
+ * -ECHRNG when there is none of this number, -ETIMEDOUT, -ERESTARTSYS.
+ */
+struct kucomms_channel *kucomms_wait_channel(struct kucomms_endpoint *endpoint,
+					     u32 number, s64 timeout_ns)
+{
+	struct kucomms_channel *channel;
+	long left = 0;
+
+	if (number >= READ_ONCE(endpoint->numbered))
+		return ERR_PTR(-ECHRNG);
+	channel = get_numbered(endpoint, number);
+	if (channel || !timeout_ns)
+		goto out;
+#define FOUND (channel = get_numbered(endpoint, number))
+	if (timeout_ns < 0)
+		left = wait_event_interruptible(endpoint->wait, FOUND);
+	else
+		left = wait_event_interruptible_timeout(endpoint->wait, FOUND,
+							nsecs_to_jiffies(timeout_ns) + 1);
+#undef FOUND
+out:
+	return channel ?: ERR_PTR(left < 0 ? left : -ETIMEDOUT);
+}
+EXPORT_SYMBOL_GPL(kucomms_wait_channel);
+
+/**
  * kucomms_priv - what was given to kucomms_register()
  * @endpoint: the endpoint
  */
@@ -205,25 +400,25 @@ void *kucomms_priv(struct kucomms_endpoint *endpoint)
 }
 EXPORT_SYMBOL_GPL(kucomms_priv);
 
-/* Does it take no more channels? kucomms_lock is held. */
-bool kucomms_endpoint_full(struct kucomms_endpoint *endpoint)
-{
-	u32 most = endpoint->options.max_channels;
-
-	return most && atomic_read(&endpoint->channels) >= most;
-}
-
 /*
  * Give a new channel to its endpoint. kucomms_lock is held, so nothing is
  * allocated here: a user at the limit of his memory would let the others wait.
  * @runner: the channel's own, or NULL
+ * @wanted: and the return value: as kucomms_endpoint_admits(), but for 0
  */
 int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 			    struct kucomms_channel *channel,
-			    struct kucomms_runner *runner)
+			    struct kucomms_runner *runner, s64 wanted)
 {
-	if (kucomms_endpoint_full(endpoint))
-		return -EBUSY;
+	int number = kucomms_endpoint_admits(endpoint, wanted);
+
+	if (number < 0 && number != -ENOENT)
+		return number;
+	channel->number = number;
+	if (number >= 0) {
+		xa_clear_mark(&endpoint->numbers, number, FREE);
+		xa_store(&endpoint->numbers, number, channel, 0);
+	}
 	if (runner) {
 		list_add_tail(&runner->list, &endpoint->runners);
 		kucomms_runner_start(runner, endpoint);
@@ -235,4 +430,19 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 	channel->serial = ++last_serial;
 	kucomms_runner_attach(runner ?: endpoint->shared, channel);
 	return 0;
+}
+
+/* The opposite: its number is free again, and who waits for one is told. */
+void kucomms_endpoint_detach(struct kucomms_channel *channel)
+{
+	struct kucomms_endpoint *endpoint = channel->endpoint;
+
+	if (channel->number >= 0) {
+		xa_store(&endpoint->numbers, channel->number, NOBODY, 0);
+		xa_set_mark(&endpoint->numbers, channel->number, FREE);
+	}
+	atomic_dec(&endpoint->channels);
+	tell_news(channel->device);
+	/* The last use of the device: now it may be removed. */
+	atomic_dec(&channel->device->channels);
 }

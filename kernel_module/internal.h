@@ -13,12 +13,14 @@
  *
  *	kucomms_names_lock	creating and removing devices
  *	kucomms_file.lock	setting up a channel
+ *	kucomms_announce_lock	declaring numbered channels
  *	kucomms_lock		the lists of devices and endpoints, and which
  *				endpoint a device has
  *	kucomms_channel.runner_lock	that its runner exists
  *	kucomms_runner.lock	its list of channels to look at
  *
- * and kucomms_channel.tx_lock, which is a leaf.
+ * and kucomms_channel.tx_lock and that of kucomms_endpoint.numbers, which are
+ * leaves.
  */
 #ifndef _KUCOMMS_INTERNAL_H
 #define _KUCOMMS_INTERNAL_H
@@ -37,6 +39,7 @@
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
+#include <linux/xarray.h>
 
 #include <kucomms/kucomms.h>
 #include <kucomms/ring.h>
@@ -61,7 +64,8 @@
  * @endpoint: who has registered under this name, or NULL
  * @opens: files that are open
  * @channels: that are attached
- * @wait: for an endpoint
+ * @news: how often something has changed for who did not get a channel
+ * @wait: for an endpoint, and for @news
  */
 struct kucomms_device {
 	struct list_head list;
@@ -70,6 +74,7 @@ struct kucomms_device {
 	struct kucomms_endpoint *endpoint;
 	unsigned int opens;
 	atomic_t channels;
+	atomic64_t news;
 	wait_queue_head_t wait;
 };
 
@@ -87,7 +92,9 @@ struct kucomms_device {
  * @runners: those of single channels
  * @channels: that are attached
  * @opened: of those, for which the open callback has returned
- * @wait: for the first channel, and for the last runner to go
+ * @numbered: how many numbered channels there are
+ * @numbers: by number, who has it
+ * @wait: for a channel, and for the last runner to go
  */
 struct kucomms_endpoint {
 	struct list_head list;
@@ -102,6 +109,8 @@ struct kucomms_endpoint {
 	struct list_head runners;
 	atomic_t channels;
 	atomic_t opened;
+	u32 numbered;
+	struct xarray numbers;
 	wait_queue_head_t wait;
 };
 
@@ -174,6 +183,7 @@ enum {
  * @device: its; valid while attached
  * @priv: the module's
  * @serial: tells channels of an endpoint apart
+ * @number: the one that users know, or -ENOENT
  * @pid: of the process that has made it
  * @uid: its user
  * @hello: its greeting
@@ -212,6 +222,7 @@ struct kucomms_channel {
 	struct kucomms_device *device;
 	void *priv;
 	u64 serial;
+	int number;
 	pid_t pid;
 	kuid_t uid;
 	u8 hello[KUCOMMS_HELLO_MAX];
@@ -306,10 +317,11 @@ void kucomms_channel_kick(struct kucomms_channel *channel);
 bool kucomms_runner_is_current(struct kucomms_endpoint *endpoint);
 
 /* endpoint.c */
-bool kucomms_endpoint_full(struct kucomms_endpoint *endpoint);
+int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted);
 int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 			    struct kucomms_channel *channel,
-			    struct kucomms_runner *runner);
+			    struct kucomms_runner *runner, s64 wanted);
+void kucomms_endpoint_detach(struct kucomms_channel *channel);
 
 /* debugfs.c */
 void kucomms_debugfs_init(void);

@@ -136,6 +136,7 @@ static int create_device(const char *name)
 		return -ENOMEM;
 	strscpy(device->name, name, sizeof(device->name));
 	init_waitqueue_head(&device->wait);
+	atomic64_set(&device->news, 1);
 	atomic_inc(&kucomms_alive.devices);
 	/* Held to the end: who opens it waits until it is there for good. */
 	mutex_lock(&kucomms_lock);

@@ -85,9 +85,7 @@ static void detach(struct kucomms_runner *runner,
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
 	list_del_init(&channel->attached);
 	undrain(runner, channel);
-	atomic_dec(&runner->endpoint->channels);
-	/* The last use of the device: now it may be removed. */
-	atomic_dec(&channel->device->channels);
+	kucomms_endpoint_detach(channel);
 	if (runner != runner->endpoint->shared)
 		runner->finished = true;
 	kucomms_channel_put(channel);
@@ -129,19 +127,27 @@ static void end_channel(struct kucomms_runner *runner,
 	detach(runner, channel);
 }
 
+/* No channel comes of it. Who waits is told when nothing is left of it. */
+static void refuse(struct kucomms_runner *runner,
+		   struct kucomms_channel *channel, int err)
+{
+	kucomms_channel_get(channel);
+	kucomms_channel_stop_sending(channel);
+	detach(runner, channel);
+	channel->open_result = err;
+	complete(&channel->opened);
+	kucomms_channel_put(channel);
+}
+
 /* The endpoint goes: no channel is left after this. */
 static void shut(struct kucomms_runner *runner)
 {
 	struct kucomms_channel *channel, *next;
 
 	/* Those that have only asked. */
-	while ((channel = next_of(runner, &runner->ready))) {
-		if (!list_empty(&channel->attached))
-			continue;
-		channel->open_result = -ENOTCONN;
-		complete(&channel->opened);
-		detach(runner, channel);
-	}
+	while ((channel = next_of(runner, &runner->ready)))
+		if (list_empty(&channel->attached))
+			refuse(runner, channel, -ESHUTDOWN);
 	if (list_empty(&runner->channels))
 		return;
 	list_for_each_entry(channel, &runner->channels, attached)
@@ -196,26 +202,21 @@ static void open_channel(struct kucomms_runner *runner,
 	/* What is no errno, or would have the system call begun again. */
 	if (err > 0 || err <= -ERESTARTSYS || err == -EINTR)
 		err = -EIO;
-	if (!err) {
-		if (list_empty(&runner->channels)) {
-			runner->next_work = ktime_add_ns(ktime_get(),
-							 WORK_PERIOD);
-			runner->next_timer = ktime_add_ns(ktime_get(),
-							  TIMER_PERIOD);
-		}
-		set_bit(KUCOMMS_OPENED, &channel->state);
-		list_add_tail(&channel->attached, &runner->channels);
-		atomic_inc(&endpoint->opened);
-		wake_up_all(&endpoint->wait);
-		/* To be looked at, and parked, once. */
-		kucomms_channel_kick(channel);
-	}
-	channel->open_result = err;
-	complete(&channel->opened);
 	if (err) {
-		kucomms_channel_stop_sending(channel);
-		detach(runner, channel);
+		refuse(runner, channel, err);
+		return;
 	}
+	if (list_empty(&runner->channels)) {
+		runner->next_work = ktime_add_ns(ktime_get(), WORK_PERIOD);
+		runner->next_timer = ktime_add_ns(ktime_get(), TIMER_PERIOD);
+	}
+	set_bit(KUCOMMS_OPENED, &channel->state);
+	list_add_tail(&channel->attached, &runner->channels);
+	atomic_inc(&endpoint->opened);
+	wake_up_all(&endpoint->wait);
+	/* To be looked at, and parked, once. */
+	kucomms_channel_kick(channel);
+	complete(&channel->opened);
 }
 
 /* Hand one message to the endpoint, and go on to the next if it took it. */

@@ -85,11 +85,15 @@ struct kucomms_endpoint_ops {
 #define KUCOMMS_THREAD_PER_CHANNEL	0x1
 /* No copy: message->data is in the ring. Only the header is stable then. */
 #define KUCOMMS_RX_IN_PLACE		0x2
+/* The channels have numbers; also when none is declared yet. */
+#define KUCOMMS_NUMBERED		0x4
+
+#define KUCOMMS_NUMBERED_MAX		0x100000
 
 /**
  * struct kucomms_endpoint_options - what an endpoint may ask for
  * @size: sizeof(struct kucomms_endpoint_options)
- * @flags: KUCOMMS_THREAD_PER_CHANNEL, KUCOMMS_RX_IN_PLACE
+ * @flags: KUCOMMS_THREAD_PER_CHANNEL, KUCOMMS_RX_IN_PLACE, KUCOMMS_NUMBERED
  * @max_channels: 0 for no limit
  * @ring_size: bytes of each ring for who does not ask; 0 for 1 MiB
  * @max_ring_size: the most that a user can ask for; 0 for 16 MiB
@@ -99,6 +103,10 @@ struct kucomms_endpoint_ops {
  *		  sleep, at most; 0 for never. It does so while messages come in
  *		  quick succession, gives way to whatever else wants the
  *		  processor, and spares user space the system call that wakes it
+ * @numbered: how many channels there are: 0, 1 ... @numbered - 1. Each user has
+ *	      the one that he asks for, or the lowest that is free. More can be
+ *	      announced later. 0, without KUCOMMS_NUMBERED: the channels have no
+ *	      numbers, and there may be any number of them
  */
 struct kucomms_endpoint_options {
 	size_t size;
@@ -109,13 +117,17 @@ struct kucomms_endpoint_options {
 	u32 hello_length;
 	const u8 *hello;
 	u64 busy_poll_ns;
+	u32 numbered;
 };
 
 struct kucomms_endpoint *
 kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 		 const struct kucomms_endpoint_options *options, void *priv);
 int kucomms_unregister(struct kucomms_endpoint *endpoint);
+int kucomms_announce(struct kucomms_endpoint *endpoint, u32 count);
 int kucomms_wait_open(struct kucomms_endpoint *endpoint, s64 timeout_ns);
+struct kucomms_channel *kucomms_wait_channel(struct kucomms_endpoint *endpoint,
+					     u32 number, s64 timeout_ns);
 void *kucomms_priv(struct kucomms_endpoint *endpoint);
 
 int kucomms_send(struct kucomms_channel *channel,
@@ -147,6 +159,7 @@ u64 kucomms_rx_free(struct kucomms_channel *channel);
 
 struct kucomms_endpoint *
 kucomms_channel_endpoint(struct kucomms_channel *channel);
+int kucomms_channel_number(struct kucomms_channel *channel);
 void *kucomms_channel_priv(struct kucomms_channel *channel);
 void kucomms_channel_set_priv(struct kucomms_channel *channel, void *priv);
 struct kucomms_channel *kucomms_channel_get(struct kucomms_channel *channel);

@@ -133,7 +133,13 @@ struct kucomms_geometry {
  * child inherits those, but no mappings. One that was never mapped ends with its
  * last descriptor.
  *
- * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered.
+ * An endpoint can number its channels: then each is one of so many, and no two
+ * files have the same at a time.
+ *
+ * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered, and
+ * POLLPRI when it may be worth another try: a channel was announced or became
+ * free, or an endpoint came or went, since the last set-up of this file failed
+ * with ECHRNG, EADDRINUSE or EBUSY (not by what the endpoint's callback said).
  * After it, what follows; an epoll that has watched for the former has to be
  * told anew (EPOLL_CTL_DEL, EPOLL_CTL_ADD).
  *
@@ -146,6 +152,9 @@ struct kucomms_geometry {
  */
 #define KUCOMMS_IOC_MAGIC	0xe7
 
+/* In struct kucomms_setup: the channel has a number. */
+#define KUCOMMS_SETUP_NUMBER	0x1
+
 /**
  * struct kucomms_setup - KUCOMMS_IOC_SETUP: make a channel of an open file
  * @version: in: KUCOMMS_ABI_VERSION; out: the module's, also with an error
@@ -157,12 +166,23 @@ struct kucomms_geometry {
  * @side_size: out: bytes of each side
  * @side_offset: out: where to mmap() side 0 and side 1
  * @hello: in: the user's greeting; out: the endpoint's
+ * @flags: in: KUCOMMS_SETUP_NUMBER for the channel of this number and no other;
+ *	   out: the same when the endpoint numbers its channels
+ * @channel: the number, or 0; in, without the flag: 0, for the lowest free one
  * @reserved: zero
  *
- * ENOTCONN no endpoint is registered (yet), EPROTONOSUPPORT unknown version or
- * features, EBUSY the endpoint has all the channels that it takes, EALREADY
- * there is a channel, EINVAL nonsense, ENOMEM; or what the endpoint says, whose
- * callback is waited for, also with O_NONBLOCK.
+ * ENOTCONN	   no endpoint is registered (yet)
+ * ESHUTDOWN	   it went away while its callback was waited for
+ * ECHRNG	   there is no channel of this number (yet)
+ * EADDRINUSE	   another file has the channel of this number
+ * EBUSY	   no channel is free, or the endpoint has all that it takes
+ * EALREADY	   this file has a channel
+ * EPROTONOSUPPORT unknown version or features
+ * EINVAL	   nonsense
+ * ENOMEM
+ *
+ * or what the endpoint says, whose callback is waited for, also with O_NONBLOCK.
+ * So is the end of a channel whose user is gone, by who wants its number.
  */
 struct kucomms_setup {
 	__u32 version;
@@ -173,7 +193,9 @@ struct kucomms_setup {
 	__u64 side_size;
 	__u64 side_offset[2];
 	__u8 hello[KUCOMMS_HELLO_MAX];
-	__u64 reserved[8];
+	__u32 flags;
+	__u32 channel;
+	__u64 reserved[7];
 };
 
 #define KUCOMMS_WAIT_DATA	0x1
