@@ -396,8 +396,12 @@ class Endpoint:
         ``owner``: id of the user whose listener is meant, when not our own; it must
         allow us.
 
-        Raises AddressError, NotReadyError, BusyError, VersionError, ProtocolError,
-        TransportError.
+        A kernel endpoint can number its channels: ``kernel://NAME/3`` is one of them, which
+        is waited for until it is announced, and ``kernel://NAME`` the lowest that is free;
+        see ``link.channel_number``. One that is taken is not waited for.
+
+        Raises AddressError, NotReadyError (NoSuchChannelError), BusyError
+        (ChannelTakenError), ShutdownError, VersionError, ProtocolError, TransportError.
         """
         self._check_started()
         address = Address.parse(url)

@@ -12,10 +12,12 @@ __all__ = [
     "AddressError",
     "AddressInUseError",
     "BusyError",
+    "ChannelTakenError",
     "ClosedError",
     "HeaderValueError",
     "KucommsError",
     "MessageTooLargeError",
+    "NoSuchChannelError",
     "NotReadyError",
     "PeerClosedError",
     "PoolFull",
@@ -49,8 +51,16 @@ class NotReadyError(KucommsError, TimeoutError):
     """Nobody is there yet: no listener, no device, no kernel endpoint."""
 
 
+class NoSuchChannelError(NotReadyError):
+    """The kernel endpoint is there, but has announced no channel of this number (yet)."""
+
+
 class BusyError(KucommsError):
     """The other side is there, but takes no more links."""
+
+
+class ChannelTakenError(BusyError):
+    """Somebody else has the channel of this number."""
 
 
 class AddressError(KucommsError, ValueError):

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,8 +71,8 @@ class Link:
     Made by ``Endpoint.connect``, by ``kucomms.connect``, or by a listener of an
     endpoint, never directly. Messages arrive in order, each whole, each once.
 
-    All methods but ``send_threadsafe`` belong to the thread of the endpoint's loop;
-    others get ``UsageError`` there. After a fork the child cannot use it.
+    All methods but ``send_threadsafe`` and ``receive_threadsafe`` belong to the thread of the
+    endpoint's loop; others get ``UsageError`` there. After a fork the child cannot use it.
 
     What sending methods share: ``data`` is bytes-like (else ``TypeError``) or a
     ``Message``, whose header the given keywords override; ``type``, ``id`` and
@@ -134,6 +136,11 @@ class Link:
     def peer(self) -> Peer:
         """Who is at the other side."""
         return self._connection.peer
+
+    @property
+    def channel_number(self) -> int | None:
+        """Which of the kernel endpoint's numbered channels it is; None when it has no number."""
+        return self._connection.peer.channel
 
     @property
     def ring_size(self) -> int:
@@ -486,6 +493,51 @@ class Link:
         if message is None:
             raise QueueEmpty(f"{self._url}: no message is waiting; 'await link.receive()' waits")
         return message
+
+    def receive_threadsafe(self, timeout: float | None = None) -> Message:
+        """The next message, for any thread but that of the endpoint's loop; block for it.
+
+        Waits in the same queue as ``receive``, with whose errors it may end. After
+        ``timeout`` seconds it raises ``QueueEmpty``, and no message is lost; None waits for
+        ever, 0 only looks. Each call takes two turns between threads, so tens of
+        microseconds. ``ClosedError`` when the loop ends meanwhile.
+        """
+        if self._channel.forked:
+            raise self._send_error(FORKED, None)
+        if threading.get_ident() == self._thread:
+            raise UsageError(
+                f"{self._url}: this is the thread of the endpoint's loop, which must not block; "
+                "use 'await link.receive()' here"
+            )
+        # The time-out is the loop's: a future that is given up here may have a message already.
+        receiving = self._receive_within(timeout)
+        try:
+            future = asyncio.run_coroutine_threadsafe(receiving, self._loop)
+        except RuntimeError:
+            receiving.close()
+            raise self._loop_over_error() from None
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise self._loop_over_error() from None
+        except BaseException:
+            future.cancel()  # when this thread is interrupted
+            raise
+
+    async def _receive_within(self, timeout: float | None) -> Message:
+        if timeout is None:
+            return await self.receive()
+        if timeout > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    return await self.receive()
+        try:
+            return self.receive_nowait()
+        except QueueEmpty:
+            raise QueueEmpty(
+                f"{self._url}: no message for {timeout} s; the peer has sent none, or others "
+                "receive here, too"
+            ) from None
 
     def __aiter__(self) -> AsyncIterator[Message]:
         """Each message as it comes; ends when the link was closed in order."""
@@ -1005,6 +1057,12 @@ class Link:
         if self._closed_here:
             return ClosedError(f"{self._url}: this link was closed here; connect again to go on")
         return PeerClosedError(f"{self._url}: the other side closed the link")
+
+    def _loop_over_error(self) -> ClosedError:
+        return ClosedError(
+            f"{self._url}: the loop of the endpoint has ended, and nothing can be received without "
+            "it; connect again in another loop"
+        )
 
     def _backlog_error(self) -> QueueFull:
         return QueueFull(

@@ -455,8 +455,92 @@ def _fail_soon(link: Link) -> None:
     link.send_threadsafe(bytes(600), type=SINK, timeout=0.05)
 
 
+async def check_receiving_threads(harness: Harness) -> None:
+    """Threads that receive beside tasks: each message goes to one of them, in order for each."""
+    count, receivers = 600, 2
+    async with harness.link() as link:
+        got: list[list[Message]] = [[] for _ in range(receivers + 1)]
+
+        def work(mine: list[Message]) -> None:
+            while (message := link.receive_threadsafe(timeout=PATIENCE)).type == STREAM:
+                mine.append(message)
+
+        async def receive() -> None:
+            while (message := await link.receive()).type == STREAM:
+                got[-1].append(message)
+
+        threads = [asyncio.to_thread(work, got[number]) for number in range(receivers)]
+        waiting = [asyncio.ensure_future(thread) for thread in (*threads, receive())]
+        await link.send(b"", type=STREAM, id=300, user_value=count)
+        for _ in waiting:
+            await link.send(b"the end", type=ECHO)
+        await asyncio.gather(*waiting)
+        for mine in got:
+            assert [message.id for message in mine] == sorted(message.id for message in mine)
+        every = sorted((message for mine in got for message in mine), key=lambda m: m.id)
+        assert len(every) == count
+        for number, message in enumerate(every):
+            verify(message, number)
+        expect_call(QueueEmpty, link.receive_nowait)
+
+
+async def check_receiving_thread_gives_up(harness: Harness) -> None:
+    """receive_threadsafe loses nothing when its time is up, however short that is."""
+    count = 400
+    async with harness.link() as link:
+
+        def look() -> Message:
+            message: Message = link.receive_threadsafe(timeout=0)
+            return message
+
+        def work() -> list[Message]:
+            chance = random.Random(count)
+            messages: list[Message] = []
+            while not messages or messages[-1].type == STREAM:
+                with suppress(QueueEmpty):
+                    messages.append(link.receive_threadsafe(chance.choice([0, 1e-5, 1e-4, 1e-3])))
+            return messages[:-1]
+
+        error = await expect(QueueEmpty, asyncio.to_thread(look))
+        assert link.url in str(error)
+        await expect(QueueEmpty, asyncio.to_thread(link.receive_threadsafe, 0.05))
+        working = asyncio.ensure_future(asyncio.to_thread(work))
+        await link.send(b"", type=STREAM, id=100, user_value=count)
+        while not working.done():
+            await link.send(b"the end", type=ECHO)
+            await asyncio.wait([working], timeout=0.01)
+        messages = await working
+        assert len(messages) == count
+        for number, message in enumerate(messages):
+            verify(message, number)
+        while await report(link) and link.rx_avail:
+            assert (await link.receive()).data == b"the end"
+        # those who wait are served first come, first served
+        receiving = asyncio.ensure_future(link.receive())
+        await asyncio.sleep(0)
+        await expect(QueueEmpty, asyncio.to_thread(look))
+        await link.send(b"mine", type=ECHO)
+        assert (await receiving).data == b"mine"
+
+
+async def check_receiving_thread_ends(harness: Harness) -> None:
+    """receive_threadsafe in the loop's thread, and when the link is closed, by either side."""
+    async with harness.link() as link:
+        error = expect_call(UsageError, lambda: link.receive_threadsafe(0))
+        assert link.url in str(error)
+        async with kucomms.connect(link.url, timeout=PATIENCE) as other:
+            waiting = asyncio.ensure_future(asyncio.to_thread(other.receive_threadsafe))
+            await other.send(b"", type=CLOSE)
+            await expect(PeerClosedError, waiting)
+        waiting = asyncio.ensure_future(asyncio.to_thread(link.receive_threadsafe))
+        await link.request(b"", type=REPLY, timeout=PATIENCE)
+        await link.aclose()
+        await expect(ClosedError, waiting)
+        await expect(ClosedError, asyncio.to_thread(link.receive_threadsafe, 0))
+
+
 async def check_wrong_thread(harness: Harness) -> None:
-    """All but send_threadsafe belongs to the loop's thread, and says so."""
+    """All but the methods for threads belongs to the loop's thread, and says so."""
     async with harness.link() as link:
         calls: list[Callable[[], Any]] = [
             lambda: link.send_nowait(b""),

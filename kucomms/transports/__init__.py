@@ -5,6 +5,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import cast
 
+from kucomms.exceptions import AddressError
 from kucomms.transports.base import Address, Transport, unknown_scheme
 
 __all__ = ["find"]
@@ -18,6 +19,16 @@ _BUILT_IN = {
 
 def find(address: Address) -> Transport:
     """The transport for ``address``. Raises AddressError when there is none."""
+    transport = _find(address)
+    if address.channel is not None and not getattr(transport, "numbered", False):
+        raise AddressError(
+            f"{address.url!r}: {address.scheme}:// has no channels with numbers; leave out "
+            f"'/{address.channel}'"
+        )
+    return transport
+
+
+def _find(address: Address) -> Transport:
     if address.scheme in _BUILT_IN:
         return cast(Transport, import_module(_BUILT_IN[address.scheme]).transport)
     others = {entry.name: entry for entry in entry_points(group="kucomms.transports")}

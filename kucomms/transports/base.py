@@ -41,15 +41,17 @@ RING_LIMIT = 1 << 26
 taken from another user's listener unless more was asked for."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
-_NAME = re.compile(rf"[A-Za-z0-9_]{{1,{_core.NAME_MAX}}}")
+_NAME = re.compile(rf"([A-Za-z0-9_]{{1,{_core.NAME_MAX}}})(?:/(0|[1-9][0-9]{{,9}}))?")
+_CHANNELS = 1 << 32
 
 
 class Address(msgspec.Struct, frozen=True):
-    """A URL, taken apart: ``scheme://name``."""
+    """A URL, taken apart: ``scheme://name``, or ``scheme://name/channel``."""
 
     url: str
     scheme: str
     name: str
+    channel: int | None = None
 
     @classmethod
     def parse(cls, url: str) -> Address:
@@ -57,26 +59,29 @@ class Address(msgspec.Struct, frozen=True):
         match = _URL.fullmatch(url) if isinstance(url, str) else None
         if match is None:
             raise AddressError(f"{url!r} is not a URL; write SCHEME://NAME, such as 'shm://sensor'")
-        scheme, name = match.groups()
-        if not _NAME.fullmatch(name):
+        scheme, rest = match.groups()
+        match = _NAME.fullmatch(rest)
+        if match is None or int(match[2] or 0) >= _CHANNELS:
             raise AddressError(
                 f"{url!r}: the name has to be 1 to {_core.NAME_MAX} of the characters "
-                f"A-Z a-z 0-9 _ ('/' and '?' are reserved)"
+                f"A-Z a-z 0-9 _ ('/' comes before the number of a channel, '?' is reserved)"
             )
-        return cls(url, scheme, name)
+        return cls(url, scheme, match[1], None if match[2] is None else int(match[2]))
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """Who is at the other side of a link.
 
     ``pid`` and ``uid`` as the system told them at set-up, None for the kernel;
-    ``hello``: the bytes that the other side gave to ``listen`` or ``connect``.
+    ``hello``: the bytes that the other side gave to ``listen`` or ``connect``;
+    ``channel``: which of the other side's numbered channels this link is.
     """
 
     pid: int | None = None
     uid: int | None = None
     hello: bytes = b""
     kernel: bool = False
+    channel: int | None = None
 
 
 class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,7 +160,11 @@ class Listener(ABC):
 
 
 class Transport(Protocol):
-    """A URL scheme."""
+    """A URL scheme.
+
+    One whose URLs can name a channel, ``scheme://name/3``, has an attribute ``numbered``
+    that is true; for others, such a URL is an AddressError.
+    """
 
     async def listen(
         self,

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """``kernel://NAME``: the endpoint that a kernel module has registered as ``kucomms_NAME``.
 
+Where that one numbers its channels, ``kernel://NAME/3`` is one of them, and ``kernel://NAME``
+the lowest that is free.
+
 Memory: pages of the kernel module, mmapped from ``/dev/kucomms_NAME``; each open file is
 a link. Doorbell: an ioctl there, and ``poll`` here. The kernel's life: ``POLLHUP``. The
 device's ABI is described in ``include/uapi/linux/kucomms.h`` of the module.
@@ -20,9 +23,12 @@ from kucomms._core import lib, ring_device
 from kucomms.exceptions import (
     AddressError,
     BusyError,
+    ChannelTakenError,
     KucommsError,
+    NoSuchChannelError,
     NotReadyError,
     ProtocolError,
+    ShutdownError,
     TransportError,
     UsageError,
     VersionError,
@@ -136,7 +142,8 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
     """Make a link of an open device, which it takes over, also when it fails.
 
     May wait for the endpoint's open callback. Raises NotReadyError when no endpoint is
-    registered, BusyError, VersionError, TransportError.
+    registered, NoSuchChannelError, BusyError, ChannelTakenError, ShutdownError,
+    VersionError, TransportError.
     """
     url = address.url
     half = None
@@ -149,9 +156,12 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
         record.ring_size = options.ring_size
         record.hello_length = len(options.hello)
         record.hello[0 : len(options.hello)] = options.hello
+        if address.channel is not None:
+            record.flags = lib.KUCOMMS_SETUP_NUMBER
+            record.channel = address.channel
         number = _core.ioctl_setup(fd, record)
         if number:
-            raise _refused(url, number, record)
+            raise _refused(address, number, record)
         ring_size = int(record.ring_size)
         if record.side_size != _core.side_size(ring_size):
             raise VersionError(
@@ -172,15 +182,34 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
             raise _core.os_error(error.errno or 0, f"{url}: cannot watch the device") from error
         raise
     hello = bytes(record.hello[0 : record.hello_length])
-    return KernelConnection(url, channel, Peer(hello=hello, kernel=True), fd, epoll)
+    numbered = bool(record.flags & lib.KUCOMMS_SETUP_NUMBER)
+    peer = Peer(hello=hello, kernel=True, channel=int(record.channel) if numbered else None)
+    return KernelConnection(url, channel, peer, fd, epoll)
 
 
-def _refused(url: str, number: int, record: object) -> KucommsError:
+def _refused(address: Address, number: int, record: object) -> KucommsError:
     """The error for what KUCOMMS_IOC_SETUP said."""
+    url = address.url
+    if address.channel is not None:
+        if number == errno.ECHRNG:
+            return NoSuchChannelError(
+                f"{url}: the kernel endpoint has no channel {address.channel}, or not yet; give "
+                "connect() a longer timeout if it is going to be announced"
+            )
+        if number == errno.EADDRINUSE:
+            return ChannelTakenError(
+                f"{url}: somebody else has channel {address.channel}; have him close it, or take "
+                f"any that is free with '{address.scheme}://{address.name}'"
+            )
     if number == errno.ENOTCONN:
         return NotReadyError(
             f"{url}: the device is there, but no kernel module has registered its endpoint; load "
             "the module that does, or give connect() a longer timeout"
+        )
+    if number == errno.ESHUTDOWN:
+        return ShutdownError(
+            f"{url}: the kernel module went away while it was asked for a link; connect again "
+            "when it is back, or give connect() a longer timeout"
         )
     if number == errno.EBUSY:
         return BusyError(f"{url}: the kernel endpoint has all the links that it takes")
@@ -199,15 +228,20 @@ def _refused(url: str, number: int, record: object) -> KucommsError:
     return _core.os_error(number, f"{url}: the kernel endpoint refused the link")
 
 
-async def _connect_once(address: Address, options: ConnectOptions) -> Connection:
+async def _try_set_up(address: Address, options: ConnectOptions, device: int) -> Connection:
     """One try. The set-up may wait for the endpoint's open callback, so it has a thread.
+
+    And a descriptor of its own of the open ``device``, because it may outlive this.
 
     A daemon thread, and not the loop's executor: a callback that blocks for ever must not
     keep this process from ending.
     """
     loop = asyncio.get_running_loop()
     made: asyncio.Future[Connection] = loop.create_future()
-    fd = _open(address)
+    try:
+        fd = os.dup(device)
+    except OSError as error:
+        raise _core.os_error(error.errno or 0, f"{address.url}: cannot connect") from error
 
     def deliver(connection: KernelConnection | None, error: BaseException | None) -> None:
         if error is not None:
@@ -239,6 +273,55 @@ async def _connect_once(address: Address, options: ConnectOptions) -> Connection
     return await made
 
 
+async def _connect_once(
+    address: Address, options: ConnectOptions, give_up: float | None
+) -> Connection:
+    """Open the device and connect. Waits for a channel as long as its endpoint is there."""
+    loop = asyncio.get_running_loop()
+    device = _open(address)
+    try:
+        while True:
+            try:
+                # What has begun may end: its own error says better what is wrong.
+                last = None if give_up is None else max(give_up, loop.time() + _ANSWER)
+                async with asyncio.timeout_at(last):
+                    return await _try_set_up(address, options, device)
+            except NoSuchChannelError:
+                if not await _has_news(address, device, give_up):
+                    raise
+    except NotReadyError:
+        raise
+    except TimeoutError:
+        raise NotReadyError(
+            f"{address.url}: the kernel endpoint is there, but does not answer; does one "
+            "of its callbacks block?"
+        ) from None
+    finally:
+        os.close(device)
+
+
+async def _has_news(address: Address, device: int, give_up: float | None) -> bool:
+    """Wait until it may be worth another try; false when the time is up."""
+    loop = asyncio.get_running_loop()
+    news = asyncio.Event()
+    try:
+        epoll = select.epoll()
+        # The device is readable all the time: the loop itself cannot wait for this alone.
+        epoll.register(device, select.EPOLLPRI)
+    except OSError as error:
+        raise _core.os_error(error.errno or 0, f"{address.url}: cannot wait") from error
+    with epoll:
+        loop.add_reader(epoll.fileno(), news.set)
+        try:
+            async with asyncio.timeout_at(give_up):
+                await news.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(epoll.fileno())
+    return True
+
+
 def _drop(connection: KernelConnection) -> None:
     """Close what nobody wants any more."""
     connection.channel.attach(connection.ring)
@@ -249,6 +332,8 @@ def _drop(connection: KernelConnection) -> None:
 
 class KernelTransport:
     """See the module."""
+
+    numbered = True
 
     async def listen(
         self,
@@ -270,20 +355,13 @@ class KernelTransport:
         delay = _RETRY_FIRST
         while True:
             try:
-                # What has begun may end: its own error says better what is wrong.
-                last = None if give_up is None else max(give_up, loop.time() + _ANSWER)
-                async with asyncio.timeout_at(last):
-                    return await _connect_once(address, options)
-            except NotReadyError:
-                # Not waited for with the device open: it could not be removed meanwhile.
+                return await _connect_once(address, options, give_up)
+            except (NotReadyError, ShutdownError):
+                # Not waited for with the device open: it could not be removed meanwhile. (That
+                # makes no difference while an endpoint is registered.)
                 left = delay if give_up is None else give_up - loop.time()
                 if left <= 0:
                     raise
-            except TimeoutError:
-                raise NotReadyError(
-                    f"{address.url}: the kernel endpoint is there, but does not answer; does one "
-                    "of its callbacks block?"
-                ) from None
             await asyncio.sleep(min(delay, left))
             delay = min(2 * delay, _RETRY_LAST)
 

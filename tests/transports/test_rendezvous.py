@@ -27,6 +27,7 @@ from kucomms import (
     TransportError,
     _core,
 )
+from kucomms.transports.base import Address
 from tests.transports import raw_peer
 from tests.transports.processes import PATIENCE, Process, descriptors, objects_in_shm
 from tests.transports.raw_peer import PAGE
@@ -93,6 +94,10 @@ BAD_URLS = [
     "inproc://",
     "inproc://x\n",
     "inproc://" + "x" * 300,
+    "shm://x/3",
+    "inproc://x/0",
+    *(f"kernel://x{end}" for end in ("/", "/-1", "/03", "/3/", "/3/4", "//3", "/x", "/\u0663")),
+    f"kernel://x/{2**32}",
     None,
     7,
     b"shm://x",
@@ -113,6 +118,24 @@ async def test_bad_urls(bad, runtime_dir):
             assert repr(bad) in str(caught.value)
             assert isinstance(caught.value, ValueError)
     assert os.listdir(runtime_dir) == []
+
+
+@pytest.mark.parametrize("channel", [None, 0, 3, 10, 2**32 - 1])
+async def test_a_channel_of_a_kernel_endpoint(channel):
+    url = "kernel://nobody" if channel is None else f"kernel://nobody/{channel}"
+    address = Address.parse(url)
+    assert (address.scheme, address.name, address.channel) == ("kernel", "nobody", channel)
+    with pytest.raises(NotReadyError, match=f"{url}: there is no device /dev/kucomms_nobody"):
+        await kucomms.connect(url, timeout=0)
+
+
+@schemes
+async def test_other_channels_have_no_numbers(scheme, runtime_dir):
+    async with Endpoint("endpoint") as endpoint:
+        await endpoint.listen(f"{scheme}://x")
+        assert (await endpoint.connect(f"{scheme}://x")).channel_number is None
+        with pytest.raises(AddressError, match=rf"{scheme}:// has no channels with numbers"):
+            await endpoint.connect(f"{scheme}://x/0")
 
 
 @schemes

@@ -16,6 +16,7 @@ CONTRACT = {
     "KucommsError", "ClosedError", "PeerClosedError", "ShutdownError", "NotReadyError",
     "BusyError", "AddressError", "AddressInUseError", "QueueFull", "QueueEmpty",
     "MessageTooLargeError", "UsageError", "ProtocolError", "VersionError", "TransportError",
+    "NoSuchChannelError", "ChannelTakenError",
     "Endpoint", "Message", "connect", "run", "get_include",
 }
 
@@ -71,6 +72,8 @@ def test_errors_are_what_they_mean():
     assert issubclass(kucomms.TransportError, OSError)
     assert issubclass(kucomms.ShutdownError, kucomms.PeerClosedError)
     assert issubclass(kucomms.VersionError, kucomms.ProtocolError)
+    assert issubclass(kucomms.NoSuchChannelError, kucomms.NotReadyError)
+    assert issubclass(kucomms.ChannelTakenError, kucomms.BusyError)
     for name in exceptions.__all__:
         assert issubclass(getattr(exceptions, name), kucomms.KucommsError)
     error = kucomms.TransportError(12, "no memory")
