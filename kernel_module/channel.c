@@ -91,6 +91,7 @@ static void channel_free(struct kucomms_channel *channel)
 	vunmap(channel->at[1]);
 	if (channel->pages)
 		free_pages_of(channel);
+	kfree(channel->held);
 	kfree(channel);
 	atomic_dec(&kucomms_alive.channels);
 }
@@ -799,10 +800,16 @@ EXPORT_SYMBOL_GPL(kucomms_rx_avail);
 /**
  * kucomms_rx_free - bytes that the user can send before the ring is full
  * @channel: the channel
+ *
+ * What is held, see kucomms_hold(), is neither free nor avail.
  */
 u64 kucomms_rx_free(struct kucomms_channel *channel)
 {
-	return channel->ring_size - kucomms_rx_avail(channel);
+	u64 used = READ_ONCE(channel->rx.peer->position) -
+		   READ_ONCE(channel->rx.own->position);
+
+	/* The user may write any number there. */
+	return channel->ring_size - min(used, channel->ring_size);
 }
 EXPORT_SYMBOL_GPL(kucomms_rx_free);
 

@@ -174,6 +174,14 @@ static int prepare(struct kucomms_file *kfile,
 	*channel = kucomms_channel_new(terms->ring_size);
 	if (IS_ERR(*channel))
 		return PTR_ERR(*channel);
+	if (terms->flags & KUCOMMS_RX_IN_PLACE) {
+		(*channel)->held = kcalloc(KUCOMMS_HOLD_LIMIT,
+					   sizeof(*(*channel)->held),
+					   GFP_KERNEL_ACCOUNT);
+		err = -ENOMEM;
+		if (!(*channel)->held)
+			goto err_put;
+	}
 	if (!(terms->flags & KUCOMMS_THREAD_PER_CHANNEL))
 		return 0;
 	*runner = kucomms_runner_new(kfile->device->name);

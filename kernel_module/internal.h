@@ -51,6 +51,7 @@
 #define KUCOMMS_RING_LIMIT	((u64)SZ_16M)
 #define KUCOMMS_RING_MAX	((u64)SZ_2G)
 #define KUCOMMS_LOAN_LIMIT	BITS_PER_LONG
+#define KUCOMMS_HOLD_LIMIT	BITS_PER_LONG
 #define KUCOMMS_BUSY_POLL_LIMIT	(100 * NSEC_PER_MSEC)
 #define KUCOMMS_PUT_MAX		2048	/* bytes copied with interrupts off */
 #define KUCOMMS_BATCH		64	/* messages of a channel in a row, */
@@ -162,6 +163,16 @@ struct kucomms_loan {
 	u32 length;
 };
 
+/**
+ * struct kucomms_held - a message that the module holds beyond its callback
+ * @message: what the module has
+ * @pin: keeps its bytes in the ring
+ */
+struct kucomms_held {
+	struct kucomms_message message;
+	struct kucomms_pin pin;
+};
+
 /* Bits of kucomms_channel.state. */
 enum {
 	KUCOMMS_OPENED,		/* the open callback has said yes */
@@ -199,6 +210,10 @@ enum {
  * @loans_out: which of @loans are in use
  * @loans: messages that are written in place
  * @rx: the ring from the user; the runner's own
+ * @in_hand: the message that the callback has now
+ * @held: room for messages that are held; NULL without KUCOMMS_RX_IN_PLACE
+ * @held_now: which of @held are in use; the runner's own
+ * @let_go: which of those are not wanted any more
  * @state: KUCOMMS_OPENED ...
  * @polls_hit: times that the runner has spun for it and something came
  * @polls_missed: times that it did in vain
@@ -244,6 +259,10 @@ struct kucomms_channel {
 	struct kucomms_loan loans[KUCOMMS_LOAN_LIMIT];
 
 	struct kucomms_ring_consumer rx;
+	const struct kucomms_message *in_hand;
+	struct kucomms_held *held;
+	unsigned long held_now;
+	atomic_long_t let_go;
 	u64 messages_received;
 	u64 bytes_received;
 	u64 ticks_missed;

@@ -219,6 +219,92 @@ static void open_channel(struct kucomms_runner *runner,
 	complete(&channel->opened);
 }
 
+/* ---- messages that are held ---------------------------------------------- */
+
+/*
+ * The pins are the runner's, as the consumer is. So who lets go, anywhere, only
+ * marks a bit and kicks; and to hold nothing costs nothing.
+ *
+ * Unpin what was let go. Return: whether there was anything.
+ */
+static bool unpin(struct kucomms_channel *channel)
+{
+	unsigned long done, slot;
+
+	if (!atomic_long_read(&channel->let_go))
+		return false;
+	/* pairs with atomic_long_fetch_or() in kucomms_let_go() */
+	done = atomic_long_xchg(&channel->let_go, 0) & channel->held_now;
+	for_each_set_bit(slot, &done, KUCOMMS_HOLD_LIMIT)
+		kucomms_pin_remove(&channel->held[slot].pin);
+	channel->held_now &= ~done;
+	return done;
+}
+
+/**
+ * kucomms_hold - keep a message in place beyond its callback
+ * @channel: where it came from, of an endpoint with KUCOMMS_RX_IN_PLACE
+ * @message: what the message callback was given, which this is called from
+ *
+ * Several may be held, 64 at most, and let go in any order. Their bytes, and those
+ * of all that came after the oldest of them, are no room for the user meanwhile.
+ *
+ * When the channel ends they stay readable until the close callback has returned,
+ * and longer with kucomms_channel_get(); letting go is still fine, until that is
+ * put, but not needed.
+ *
+ * Return: the message, to be given to kucomms_let_go(), or an error pointer:
+ * -ENOBUFS when too many are held, -EINVAL when it is no message in place, or not
+ * the one of the callback.
+ */
+struct kucomms_message *kucomms_hold(struct kucomms_channel *channel,
+				     const struct kucomms_message *message)
+{
+	struct kucomms_held *held;
+	unsigned long slot;
+
+	if (!channel->held || message != channel->in_hand)
+		return ERR_PTR(-EINVAL);
+	unpin(channel);
+	if (channel->held_now == ~0UL)
+		return ERR_PTR(-ENOBUFS);
+	slot = ffz(channel->held_now);
+	channel->held_now |= BIT(slot);
+	held = &channel->held[slot];
+	held->message = *message;
+	kucomms_pin_add(&channel->rx.pins, &held->pin, channel->rx.position);
+	return &held->message;
+}
+EXPORT_SYMBOL_GPL(kucomms_hold);
+
+/**
+ * kucomms_let_go - a message that was held is not needed any more
+ * @channel: where it came from
+ * @message: from kucomms_hold(); not to be used any more
+ *
+ * Any context but NMI.
+ */
+void kucomms_let_go(struct kucomms_channel *channel,
+		    struct kucomms_message *message)
+{
+	struct kucomms_held *held =
+		container_of(message, struct kucomms_held, message);
+	long bit = BIT(held - channel->held);
+
+	/*
+	 * What was read is read before the user may write there. pairs with
+	 * atomic_long_xchg() in unpin(). Who finds another bit, finds that the
+	 * runner was kicked for it and has not looked yet.
+	 */
+	if (atomic_long_fetch_or(bit, &channel->let_go))
+		return;
+	set_bit(KUCOMMS_KICK, &channel->state);
+	kucomms_channel_signal(channel);
+}
+EXPORT_SYMBOL_GPL(kucomms_let_go);
+
+/* ---- receiving ----------------------------------------------------------- */
+
 /* Hand one message to the endpoint, and go on to the next if it took it. */
 static void deliver(struct kucomms_runner *runner,
 		    struct kucomms_channel *channel,
@@ -240,7 +326,9 @@ static void deliver(struct kucomms_runner *runner,
 	}
 	clear_bit(KUCOMMS_STAYS, &channel->state);
 	clear_bit(KUCOMMS_RESUMED, &channel->state);
+	channel->in_hand = &message;
 	runner->endpoint->ops->message(channel, &message);
+	channel->in_hand = NULL;
 	/* Not KUCOMMS_RETRY: kucomms_resume() may have come before this. */
 	if (test_and_clear_bit(KUCOMMS_STAYS, &channel->state)) {
 		if (test_and_clear_bit(KUCOMMS_RESUMED, &channel->state))
@@ -355,6 +443,8 @@ static bool serve(struct kucomms_runner *runner,
 		/* There will never be room: the next send says so. */
 		clear_bit(KUCOMMS_RETRY, &channel->state);
 	}
+	if (unpin(channel))
+		release(channel, false);
 	if (test_bit(KUCOMMS_RETRY, &channel->state))
 		return false;
 	err = state > KUCOMMS_STATE_SHUTDOWN ? -EPROTO : drain(runner, channel);

@@ -18,6 +18,7 @@ MAGIC = 0x736D6D6F63756B
 VERSION = 1
 IOC = 0xE7
 BUSY, DISCARD, REPLY = 1, 2, 4
+NUMBER = 1
 DATA, SPACE = 1, 2
 HEADER = 32
 PAGE = mmap.PAGESIZE
@@ -28,7 +29,7 @@ PATIENCE = 60.0
 READ, WRITE, EXEC = 1, 2, 4
 SHARED, PRIVATE, ANONYMOUS = 1, 2, 0x20
 
-_SETUP = struct.Struct("<IIQQQQ2Q64s8Q")
+_SETUP = struct.Struct("<IIQQQQ2Q64sII7Q")
 _WAIT = struct.Struct("<IIq")
 _FAILED = 2**64 - 1
 
@@ -110,7 +111,9 @@ class Setup:
         self.side_size = 0
         self.side_offset = (0, 0)
         self.hello = b""
-        self.reserved = (0,) * 8
+        self.flags = 0
+        self.channel = 0
+        self.reserved = (0,) * 7
         for name, value in fields.items():
             assert hasattr(self, name), name
             setattr(self, name, value)
@@ -120,14 +123,15 @@ class Setup:
         return bytearray(
             _SETUP.pack(
                 *(self.version, length, self.features, self.ring_size, self.page_size),
-                *(self.side_size, *self.side_offset, self.hello, *self.reserved),
+                *(self.side_size, *self.side_offset, self.hello),
+                *(self.flags, self.channel, *self.reserved),
             )
         )
 
     @classmethod
     def unpack(cls, data):
         version, length, features, ring_size, page_size, side_size, *rest = _SETUP.unpack(data)
-        *offset, hello, r0, r1, r2, r3, r4, r5, r6, r7 = rest
+        *offset, hello, flags, channel, r0, r1, r2, r3, r4, r5, r6 = rest
         return cls(
             version=version,
             hello_length=length,
@@ -137,7 +141,9 @@ class Setup:
             side_size=side_size,
             side_offset=tuple(offset),
             hello=hello[:length],
-            reserved=(r0, r1, r2, r3, r4, r5, r6, r7),
+            flags=flags,
+            channel=channel,
+            reserved=(r0, r1, r2, r3, r4, r5, r6),
         )
 
 

@@ -379,9 +379,12 @@ def test_bad_pointers():
         ({"side_offset": (1, 0)}, errno.EINVAL),
         ({"side_offset": (0, 2**63)}, errno.EINVAL),
         *[
-            ({"reserved": tuple(1 << 56 if n == m else 0 for n in range(8))}, errno.EINVAL)
-            for m in range(8)
+            ({"reserved": tuple(1 << 56 if n == m else 0 for n in range(7))}, errno.EINVAL)
+            for m in range(7)
         ],
+        *[({"flags": n}, errno.EINVAL) for n in (2, 3, 2**31, 2**32 - 1)],
+        ({"channel": 1}, errno.EINVAL),
+        *[({"flags": 1, "channel": n}, errno.ECHRNG) for n in (0, 1, 2**31, 2**32 - 1)],
     ],
     ids=str,
 )

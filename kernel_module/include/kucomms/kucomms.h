@@ -31,7 +31,8 @@ struct kucomms_endpoint;
  * @flags: KUCOMMS_FLAG_REPLY or 0
  * @data: @length bytes. What arrives is a private copy, aligned to 8 bytes and
  *	  valid until the callback returns; with KUCOMMS_RX_IN_PLACE it is in
- *	  the ring, where the user can change it at any time, and we cannot.
+ *	  the ring, where the user can change it at any time, and we cannot, and
+ *	  can be held longer, see kucomms_hold().
  */
 struct kucomms_message {
 	u64 type;
@@ -148,6 +149,10 @@ kucomms_reserve_unlocked(struct kucomms_channel *channel, u32 length);
 void kucomms_commit_unlocked(struct kucomms_channel *channel,
 			     struct kucomms_message *message);
 
+struct kucomms_message *kucomms_hold(struct kucomms_channel *channel,
+				     const struct kucomms_message *message);
+void kucomms_let_go(struct kucomms_channel *channel,
+		    struct kucomms_message *message);
 void kucomms_retry(struct kucomms_channel *channel);
 void kucomms_resume(struct kucomms_channel *channel);
 void kucomms_close(struct kucomms_channel *channel);

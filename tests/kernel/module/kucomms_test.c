@@ -940,7 +940,7 @@ static void test_register(struct kucomms_channel *channel, const struct kucomms_
 	} larger = { .known.size = sizeof(larger), .newer = 1 };
 	struct kucomms_endpoint_ops ops = test_quiet_ops;
 	char name[] = "kucomms_1234567890123456789012345678901234567890123456789";
-	s64 answer[ARRAY_SIZE(names) + 16];
+	s64 answer[ARRAY_SIZE(names) + 17];
 	int count = 0, i;
 
 	for (i = 0; i < ARRAY_SIZE(names); i++)
@@ -954,9 +954,12 @@ static void test_register(struct kucomms_channel *channel, const struct kucomms_
 	ops.message = NULL;
 	answer[count++] = test_try("kucomms_other", &ops, NULL);
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &larger.known);
-	options.flags = 0x4;
+	options.flags = 0x8;
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
 	options.flags = 0;
+	options.numbered = KUCOMMS_NUMBERED_MAX + 1;
+	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
+	options.numbered = 0;
 	options.hello_length = KUCOMMS_HELLO_MAX + 1;
 	options.hello = (const u8 *)name;
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
