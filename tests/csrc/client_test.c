@@ -104,6 +104,9 @@ static void test_urls(void)
 		"", "shm:", "shm://", "shm://a/b", "shm://a?b", "shm://a-b",
 		"shm://\xc3\xa9", "shm:///a", "SHM://a", "inproc://a",
 		"shm://0123456789012345678901234567890123456789012345678",
+		"shm://a/3", "kernel://", "kernel://a/", "kernel://a/03",
+		"kernel://a/-1", "kernel://a/3/", "kernel://a/4294967296",
+		"kernel://a/99999999999999999999999", "kernel://a?3",
 	};
 	struct kucomms_listener listener;
 	struct kucomms_client client;
@@ -120,6 +123,33 @@ static void test_urls(void)
 	kucomms_listener_close(&listener);
 	CHECK(kucomms_listener_open(&listener, URL, KUCOMMS_RING_MAX + 1) ==
 	      -EINVAL);
+}
+
+/* What the kernel side is like, tests/kernel/kup_client.c shows. */
+static void test_no_device(void)
+{
+	static const char *const urls[] = {
+		"kernel://no_device_is_called_so", "kernel://nor_so/0",
+		"kernel://nor_so/4294967295",
+	};
+	struct kucomms_listener listener;
+	struct kucomms_client client;
+	char name[KUCOMMS_NAME_MAX + 1];
+	int64_t number;
+	size_t i;
+
+	for (i = 0; i < sizeof(urls) / sizeof(*urls); i++) {
+		CHECK(kucomms_connect(&client, urls[i], 0, 0) == -EAGAIN);
+		CHECK(kucomms_connect(&client, urls[i], 0, 30) == -ETIMEDOUT);
+		CHECK(kucomms_client_fd(&client) == -EBADF);
+		kucomms_client_close(&client);
+		CHECK(kucomms_listener_open(&listener, urls[i], 0) == -EINVAL);
+		kucomms_listener_close(&listener);
+	}
+	CHECK(!kucomms_url_channel(urls[0], name, &number) && number == -1);
+	CHECK(!kucomms_url_channel(urls[1], name, &number) && !number);
+	CHECK(!kucomms_url_channel(urls[2], name, &number));
+	CHECK(number == UINT32_MAX && !strcmp(name, "nor_so"));
 }
 
 static void test_nobody(void)
@@ -981,6 +1011,7 @@ static const struct {
 	void (*run)(void);
 } tests[] = {
 	{ "urls", test_urls },
+	{ "no_device", test_no_device },
 	{ "nobody", test_nobody },
 	{ "listener_says_nothing", test_listener_says_nothing },
 	{ "name_is_taken", test_name_is_taken },

@@ -12,6 +12,7 @@ import os
 import random
 import select
 import struct
+import subprocess
 import threading
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from enum import IntEnum, auto
@@ -742,6 +743,100 @@ async def test_the_end_with_messages_held(module, by_kernel):
 async def test_only_in_place(module):
     async with holding(module, 0) as link:
         assert await hold(link, 1, 100) == -errno.EINVAL
+
+
+# ---- in C ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """``client(ARGUMENT, ...)`` runs ``kup_client.c``; returns its exit code and what it says."""
+    program = tmp_path_factory.mktemp("kup") / "kup_client"
+    source = Path(__file__).parent / "kup_client.c"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Werror", "-pthread", f"-I{kucomms.get_include()}"]
+    subprocess.run(["cc", *flags, source, "-o", program], check=True)
+
+    async def run(*arguments, begun=None):
+        process = await asyncio.create_subprocess_exec(
+            program, *map(str, arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            async with asyncio.timeout(2 * PATIENCE):
+                said = b""
+                if begun is not None:
+                    said = await process.stdout.readline()
+                    await begun()
+                said += await process.stdout.read()
+                complaint = await process.stderr.read()
+                await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        assert complaint == b""
+        return process.returncode, said.decode().strip()
+
+    return run
+
+
+@pytest.mark.parametrize("flags", [0, THREADS, IN_PLACE], ids=["shared", "threads", "in_place"])
+@pytest.mark.parametrize("how", ["blocking", "looking", "polling"])
+async def test_in_c(module, client, how, flags):
+    """Nonces echoed once and twice, and counters, that the user begins; on two channels."""
+    module.load(channels=2, flags=flags)
+    assert await client(how, "kernel://kup/1") == (0, "")
+    assert await asyncio.gather(*[client(how, f"kernel://kup/{n}") for n in range(2)]) == [
+        (0, "")
+    ] * 2
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+async def test_in_c_when_the_kernel_begins(module, client, hops):
+    user_first = asyncio.ensure_future(client("kernel", "kernel://kup/1", hops))
+    await asyncio.sleep(0)
+    module.load(channels=2, begin=NONCES, hops=hops)
+    assert await user_first == (0, "")
+    assert await client("kernel", "kernel://kup", hops) == (0, "")
+
+
+async def test_threads_in_c(module, client):
+    module.load(channels=4, flags=THREADS)
+    assert await client("threads", *(f"kernel://kup/{n}" for n in range(4))) == (0, "")
+
+
+async def test_back_pressure_in_c(module, client):
+    module.load(channels=1)
+    assert await client("full", "kernel://kup/0") == (0, "")
+
+
+async def test_what_connecting_says_in_c(module, client):
+    async def says(url, milliseconds=0):
+        return await client("connect", f"kernel://{url}", milliseconds)
+
+    for milliseconds, number in ((0, errno.EAGAIN), (50, errno.ETIMEDOUT)):
+        assert await says("nobody", milliseconds) == (number, "")
+        assert await says("kup/1", milliseconds) == (number, "")
+    module.load(channels=2)
+    for milliseconds in (0, 50):
+        assert await says("kup/2", milliseconds) == (errno.ECHRNG, "")
+    assert await says("kup/1") == (0, "1")
+    assert await says("kup") == (0, "0")
+    async with connect(0), connect(1):
+        assert await says("kup/1", 50) == (errno.EADDRINUSE, "")
+        assert await says("kup", 50) == (errno.EBUSY, "")
+        waiting = asyncio.ensure_future(says("kup/9", 60_000))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        module.set("announce", 10)
+        assert await waiting == (0, "9")
+
+
+async def test_the_module_goes_in_c(module, client):
+    module.load(channels=1)
+
+    async def begun():
+        module.unload()
+
+    assert await client("end", "kernel://kup/0", begun=begun) == (0, "open")
 
 
 # ---- in user space without the package -------------------------------------------------

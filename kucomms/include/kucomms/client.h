@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * Either end of a shm:// link, for programs in C and C++. Header only:
+ * Either end of a shm:// link, and the user's end of one to a kernel module, for
+ * programs in C and C++. Header only:
  *
  *	cc -I$(python -c 'import kucomms; print(kucomms.get_include())') ...
  *
  * (and -lrt where glibc is older than 2.34). One side listens, the other
- * connects; from then on both can do the same:
+ * connects; from then on both can do the same. kernel://NAME is connected to as
+ * shm://NAME is, and kernel://NAME/3 is one of the channels that the kernel
+ * endpoint has numbered:
  *
  *	struct kucomms_client link;
  *	struct kucomms_view message;
@@ -33,9 +36,12 @@
  *	-EPROTO		the peer broke the rules; the link is of no more use
  *	-EPROTONOSUPPORT  the peer speaks another version
  *	-EBUSY		the listener takes no more links
+ *	-ECHRNG		the kernel endpoint has no channel of this number (yet)
+ *	-ESHUTDOWN	as -EPIPE: the kernel module goes away
  *	-EPERM		the peer, or the directory of sockets, is another user's
- *	-EADDRINUSE	somebody else listens under this name
- *	-EINVAL		not shm://NAME with a NAME of [A-Za-z0-9_]{1,48}
+ *	-EADDRINUSE	somebody else listens under this name, or has the channel
+ *	-EINVAL		not shm://NAME, kernel://NAME or kernel://NAME/NUMBER,
+ *			with a NAME of [A-Za-z0-9_]{1,48}
  *	-EBADF		the link was closed by this side
  *
  * Timeouts are in milliseconds, -1 waits for ever, 0 never waits.
@@ -61,6 +67,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/socket.h>
@@ -98,18 +105,21 @@
  * @channel: the rings
  * @socket: the doorbell, and by its end the sign that the peer is gone
  * @pidfd: the peer's process, or -1 where the kernel has no pidfd
- * @epoll: both, for kucomms_client_fd(); -1 until asked for
+ * @device: instead of both, of a link to a kernel module; else -1
+ * @epoll: all of them, for kucomms_client_fd(); -1 until asked for
  * @error: what every further call returns, or 0
  * @gone: the peer is; what it committed before may still be received
  * @unrung: a doorbell found no memory, and is rung again with the next call
  * @looked: when we last looked whether it is, nanoseconds
  * @peer_pid: the peer's process id, as it was when the link was made
  * @peer_uid: the peer's user, the same as ours
+ * @number: of the kernel endpoint's channel, -1 when it has none
  */
 struct kucomms_client {
 	struct kucomms_channel channel;
 	int socket;
 	int pidfd;
+	int device;
 	int epoll;
 	int error;
 	int gone;
@@ -117,6 +127,7 @@ struct kucomms_client {
 	int64_t looked;
 	pid_t peer_pid;
 	uid_t peer_uid;
+	int64_t number;
 };
 
 /**
@@ -186,21 +197,61 @@ static inline int kucomms_poll_time(int64_t end)
 
 /* ---- names, the directory of sockets ------------------------------------ */
 
-/* The NAME of shm://NAME, copied. Return: 0 or -EINVAL. */
-static inline int kucomms_url_name(const char *url, char *name)
+/*
+ * The NAME of a URL of this scheme, copied, and what follows it. Return: 0,
+ * -EINVAL.
+ */
+static inline int kucomms_url_split(const char *url, const char *scheme,
+				    char *name, const char **rest)
 {
-	static const char scheme[] = "shm://";
 	static const char allowed[] =
 		"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_";
 	size_t length;
 
-	if (strncmp(url, scheme, sizeof(scheme) - 1))
+	if (strncmp(url, scheme, strlen(scheme)))
 		return -EINVAL;
-	url += sizeof(scheme) - 1;
+	url += strlen(scheme);
 	length = strspn(url, allowed);
-	if (!length || length > KUCOMMS_NAME_MAX || url[length])
+	if (!length || length > KUCOMMS_NAME_MAX)
 		return -EINVAL;
-	memcpy(name, url, length + 1);
+	memcpy(name, url, length);
+	name[length] = '\0';
+	*rest = url + length;
+	return 0;
+}
+
+/* The NAME of shm://NAME, copied. Return: 0 or -EINVAL. */
+static inline int kucomms_url_name(const char *url, char *name)
+{
+	const char *rest;
+	int err = kucomms_url_split(url, "shm://", name, &rest);
+
+	return err ? err : *rest ? -EINVAL : 0;
+}
+
+/*
+ * The NAME and the number of kernel://NAME/NUMBER; without that it is -1. Return:
+ * 0 or -EINVAL.
+ */
+static inline int kucomms_url_channel(const char *url, char *name,
+				      int64_t *number)
+{
+	const char *rest;
+	int err = kucomms_url_split(url, "kernel://", name, &rest);
+
+	*number = -1;
+	if (err || !*rest)
+		return err;
+	/* As the kernel's numbers are written, and in no other way. */
+	if (*rest++ != '/' || !*rest || (*rest == '0' && rest[1]))
+		return -EINVAL;
+	for (*number = 0; *rest; rest++) {
+		if (*rest < '0' || *rest > '9')
+			return -EINVAL;
+		*number = 10 * *number + (*rest - '0');
+		if (*number > (int64_t)UINT32_MAX)
+			return -EINVAL;
+	}
 	return 0;
 }
 
@@ -359,9 +410,12 @@ static inline void kucomms_client_drop(struct kucomms_client *client)
 		close(client->pidfd);
 	if (client->socket >= 0)
 		close(client->socket);
+	if (client->device >= 0)
+		close(client->device);
 	client->epoll = -1;
 	client->pidfd = -1;
 	client->socket = -1;
+	client->device = -1;
 	client->error = -EBADF;
 }
 
@@ -370,8 +424,10 @@ static inline void kucomms_client_clear(struct kucomms_client *client)
 	memset(client, 0, sizeof(*client));
 	client->socket = -1;
 	client->pidfd = -1;
+	client->device = -1;
 	client->epoll = -1;
 	client->error = -EBADF;
+	client->number = -1;
 }
 
 /*
@@ -673,17 +729,117 @@ static inline int kucomms_connect_once(struct kucomms_client *client,
 	return err == -EPIPE ? -EAGAIN : err;
 }
 
+/* ---- connecting to a kernel module -------------------------------------- */
+
+/* Map what was set up, and watch it. Return: 0, -EPROTONOSUPPORT, -errno. */
+static inline int kucomms_device_attach(struct kucomms_client *client,
+					const struct kucomms_setup *setup)
+{
+	struct epoll_event event;
+	int err;
+
+	if (setup->side_size != kucomms_side_size(setup->ring_size))
+		return -EPROTONOSUPPORT;
+	err = kucomms_channel_init(&client->channel, 1, setup->ring_size,
+				   client->device, setup->side_offset[1]);
+	if (err)
+		return err;
+	err = kucomms_channel_attach(&client->channel, client->device,
+				     setup->side_offset[0]);
+	if (err)
+		goto err_channel;
+	client->epoll = epoll_create1(EPOLL_CLOEXEC);
+	memset(&event, 0, sizeof(event));
+	/* An event is one ring: who does not sleep need not take it back. */
+	event.events = EPOLLIN | EPOLLOUT | EPOLLET;
+	if (client->epoll < 0 ||
+	    epoll_ctl(client->epoll, EPOLL_CTL_ADD, client->device, &event)) {
+		err = -errno;
+		goto err_channel;
+	}
+	if (setup->flags & KUCOMMS_SETUP_NUMBER)
+		client->number = setup->channel;
+	return 0;
+
+err_channel:
+	kucomms_channel_destroy(&client->channel);
+	return err;
+}
+
+/*
+ * Make a channel of the open device; wait for one of this @number, unless it is
+ * -1, as long as the endpoint is there. Return: 0, -EAGAIN when it is not,
+ * -ECHRNG, -EADDRINUSE, -EBUSY, -ESHUTDOWN, -EINTR, other -errno.
+ */
+static inline int kucomms_device_set_up(struct kucomms_client *client,
+					uint64_t ring_size, int64_t number,
+					int64_t end)
+{
+	struct kucomms_setup setup;
+	struct pollfd news;
+	int err, left;
+
+	for (;;) {
+		memset(&setup, 0, sizeof(setup));
+		setup.version = KUCOMMS_ABI_VERSION;
+		setup.features = KUCOMMS_FEATURES;
+		setup.ring_size = ring_size;
+		if (number >= 0) {
+			setup.flags = KUCOMMS_SETUP_NUMBER;
+			setup.channel = (uint32_t)number;
+		}
+		if (!ioctl(client->device, KUCOMMS_IOC_SETUP, &setup))
+			return kucomms_device_attach(client, &setup);
+		err = -errno;
+		if (err == -ENOTCONN)
+			return -EAGAIN;
+		left = kucomms_poll_time(end);
+		if (err != -ECHRNG || number < 0 || !left)
+			return err;
+		news.fd = client->device;
+		news.events = POLLPRI;
+		if (poll(&news, 1, left) < 0)
+			return -errno;
+	}
+}
+
+/* -EAGAIN when there is no device or no endpoint. */
+static inline int kucomms_device_connect(struct kucomms_client *client,
+					 const char *name, int64_t number,
+					 uint64_t ring_size, int64_t end)
+{
+	char path[sizeof("/dev/kucomms_") + KUCOMMS_NAME_MAX];
+	int err;
+
+	snprintf(path, sizeof(path), "/dev/kucomms_%.*s", KUCOMMS_NAME_MAX,
+		 name);
+	client->device = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+	if (client->device < 0)
+		return errno == ENOENT || errno == ENXIO || errno == ENODEV ?
+		       -EAGAIN : -errno;
+	err = kucomms_device_set_up(client, ring_size, number, end);
+	if (err)
+		kucomms_client_drop(client);
+	else
+		client->error = 0;
+	return err;
+}
+
 /**
  * kucomms_connect - make a link to whoever listens at a URL
  * @client: filled in; after an error kucomms_client_close() does nothing
- * @url: shm://NAME
+ * @url: shm://NAME, kernel://NAME, kernel://NAME/NUMBER
  * @ring_size: bytes per direction, 0 for the listener's default
- * @timeout_ms: how long to wait for a listener. With 0 it is tried once, and a
- *		listener that is there has KUCOMMS_HANDSHAKE_MS to answer
+ * @timeout_ms: how long to wait for a listener, or for the kernel endpoint and
+ *		its channel of this number. With 0 it is tried once, and a
+ *		listener that is there has KUCOMMS_HANDSHAKE_MS to answer. (A
+ *		kernel endpoint has all the time that it takes.)
  *
  * Return: 0, -EAGAIN or -ETIMEDOUT when nobody listens, -ETIMEDOUT also when
  * somebody does and does not answer, -EBUSY, -EPERM, -EINVAL, -EINTR, -EPROTO,
- * -EPROTONOSUPPORT, -ENOSPC when the listener has no memory, other -errno.
+ * -EPROTONOSUPPORT, -ENOSPC when the listener has no memory, other -errno. From
+ * the kernel also -ECHRNG, -EADDRINUSE when somebody else has the channel,
+ * -ESHUTDOWN when the module goes just then, and what the endpoint says.
  */
 static inline int kucomms_connect(struct kucomms_client *client,
 				  const char *url, uint64_t ring_size,
@@ -691,21 +847,27 @@ static inline int kucomms_connect(struct kucomms_client *client,
 {
 	int64_t end = kucomms_deadline(timeout_ms);
 	char name[KUCOMMS_NAME_MAX + 1];
-	int err, left, pause = 1;
+	int err, left, kernel, pause = 1;
 	char path[PATH_MAX];
+	int64_t number;
 
 	kucomms_client_clear(client);
-	err = kucomms_url_name(url, name);
+	kernel = !kucomms_url_channel(url, name, &number);
+	err = kernel ? 0 : kucomms_url_name(url, name);
+	if (!err && !kernel)
+		err = kucomms_directory_path(path, sizeof(path));
 	if (err)
 		return err;
-	err = kucomms_directory_path(path, sizeof(path));
-	if (err)
-		return err;
-	if (!timeout_ms)
+	if (!timeout_ms && !kernel)
 		end = kucomms_deadline(KUCOMMS_HANDSHAKE_MS);
 	for (;;) {
-		err = kucomms_connect_once(client, path, name, ring_size, end);
-		if (err != -EAGAIN || !timeout_ms)
+		if (kernel)
+			err = kucomms_device_connect(client, name, number,
+						     ring_size, end);
+		else
+			err = kucomms_connect_once(client, path, name,
+						   ring_size, end);
+		if ((err != -EAGAIN && err != -ESHUTDOWN) || !timeout_ms)
 			return err;
 		left = kucomms_poll_time(end);
 		if (!left)
@@ -1066,15 +1228,40 @@ static inline void kucomms_client_lost(struct kucomms_client *client)
 	client->channel.rx.final = 1;
 }
 
+/* What says that all was received and no more comes. */
+static inline int kucomms_client_end(const struct kucomms_client *client)
+{
+	if (client->device >= 0 && kucomms_ring_peer_state(&client->channel.rx) ==
+				   KUCOMMS_STATE_SHUTDOWN)
+		return -ESHUTDOWN;
+	return -EPIPE;
+}
+
+/* Ring a kernel module. Return: 0, -EPIPE, -ESHUTDOWN, -EPROTO. */
+static inline int kucomms_client_kick(struct kucomms_client *client)
+{
+	if (!ioctl(client->device, KUCOMMS_IOC_KICK))
+		return 0;
+	if (errno == EPROTO) {
+		client->error = kucomms_channel_fault(&client->channel,
+						      -EPROTO);
+		return client->error;
+	}
+	kucomms_client_lost(client);
+	return kucomms_client_end(client);
+}
+
 /*
  * That a bell finds no memory is no error of what it was rung for: a message
- * that was put is sent. Return: 0 or -EPIPE.
+ * that was put is sent. Return: 0, -EPIPE, or as kucomms_client_kick().
  */
 static inline int kucomms_client_ring(struct kucomms_client *client)
 {
 	const unsigned char bell = KUCOMMS_DOORBELL;
 	ssize_t sent;
 
+	if (client->device >= 0)
+		return kucomms_client_kick(client);
 	do {
 		sent = send(client->socket, &bell, 1,
 			    MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -1113,6 +1300,26 @@ static inline int kucomms_client_drain(struct kucomms_client *client)
 	return 0;
 }
 
+/* As kucomms_client_wait(), for what a kernel module says. */
+static inline int kucomms_client_wait_device(struct kucomms_client *client,
+					     int timeout)
+{
+	struct epoll_event event;
+	int count = epoll_wait(client->epoll, &event, 1, timeout);
+
+	if (count < 0)
+		return -errno;
+	client->looked = kucomms_now(CLOCK_MONOTONIC_COARSE);
+	if (count && event.events & EPOLLERR) {
+		client->error = kucomms_channel_fault(&client->channel,
+						      -EPROTO);
+		return client->error;
+	}
+	if (count && event.events & EPOLLHUP)
+		kucomms_client_lost(client);
+	return count || timeout ? 0 : -ETIMEDOUT;
+}
+
 /*
  * Wait for the doorbell or the peer's end, at most until @end. Return: 0 when
  * there was a sign of either, -ETIMEDOUT, -EINTR, -EPROTO, -errno.
@@ -1124,6 +1331,8 @@ static inline int kucomms_client_wait(struct kucomms_client *client,
 	struct pollfd fds[2];
 	int err = 0;
 
+	if (client->device >= 0)
+		return kucomms_client_wait_device(client, timeout);
 	fds[0].fd = client->socket;
 	fds[0].events = POLLIN;
 	fds[1].fd = client->pidfd;
@@ -1215,7 +1424,7 @@ static inline int kucomms_client_send_flags(struct kucomms_client *client,
 		if (err)
 			return err;
 		if (client->gone)
-			return -EPIPE;
+			return kucomms_client_end(client);
 		err = kucomms_channel_send(&client->channel, data,
 					   (uint32_t)length, flags, type, id,
 					   user_value);
@@ -1244,7 +1453,7 @@ static inline int kucomms_client_send_flags(struct kucomms_client *client,
  * @timeout_ms: how long to wait while the ring is full
  *
  * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR (not sent, all three), -EMSGSIZE,
- * -EPIPE when the peer is gone, -EPROTO, -EBADF.
+ * -EPIPE or -ESHUTDOWN when the peer is gone, -EPROTO, -EBADF.
  */
 static inline int kucomms_client_send(struct kucomms_client *client,
 				      const void *data, size_t length,
@@ -1277,8 +1486,8 @@ static inline int kucomms_client_reply(struct kucomms_client *client,
 }
 
 /*
- * Look at the front. Return: 0, -EAGAIN, KUCOMMS_SKIPPED, -EPIPE, -EPROTO,
- * -errno.
+ * Look at the front. Return: 0, -EAGAIN, KUCOMMS_SKIPPED, -EPIPE, -ESHUTDOWN,
+ * -EPROTO, -errno.
  */
 static inline int kucomms_client_peek(struct kucomms_client *client,
 				      struct kucomms_view *view)
@@ -1293,7 +1502,7 @@ static inline int kucomms_client_peek(struct kucomms_client *client,
 		/* Look again: it may have sent more before it went. */
 		err = kucomms_channel_peek(channel, view);
 		if (err == -EAGAIN && client->gone)
-			return -EPIPE;
+			return kucomms_client_end(client);
 	}
 	if (err == -EPROTO)
 		client->error = err;
@@ -1320,8 +1529,8 @@ static inline void kucomms_client_give_back(struct kucomms_client *client)
  * may also mean that there is one behind much that the peer has discarded: then
  * kucomms_client_arm() says so.
  *
- * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR, -EPIPE when the peer is gone and all
- * that it sent was received, -EPROTO, -EBADF.
+ * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR, -EPIPE or -ESHUTDOWN when the peer is
+ * gone and all that it sent was received, -EPROTO, -EBADF.
  */
 static inline int kucomms_client_receive(struct kucomms_client *client,
 					 struct kucomms_view *view,
@@ -1382,7 +1591,7 @@ static inline int kucomms_client_fd(struct kucomms_client *client)
 	struct epoll_event event;
 	int err, fd;
 
-	if (client->socket < 0)
+	if (client->socket < 0 && client->device < 0)
 		return -EBADF;
 	if (client->epoll >= 0)
 		return client->epoll;
@@ -1434,17 +1643,20 @@ static inline void kucomms_client_close(struct kucomms_client *client)
 {
 	unsigned char bells[4096];
 
-	if (client->socket < 0)
+	if (client->socket < 0 && client->device < 0)
 		return;
 	/* After a breach of the rules the peer shall see no orderly end. */
 	if (client->error != -EPROTO) {
 		kucomms_channel_close(&client->channel, KUCOMMS_STATE_CLOSED);
 		kucomms_client_ring(client);
 	}
-	shutdown(client->socket, SHUT_RDWR);
-	/* Bells that nobody read would make our end a "connection reset". */
-	while (recv(client->socket, bells, sizeof(bells), MSG_DONTWAIT) > 0)
-		;
+	if (client->socket >= 0) {
+		shutdown(client->socket, SHUT_RDWR);
+		/* Bells that nobody read would make our end "reset". */
+		while (recv(client->socket, bells, sizeof(bells),
+			    MSG_DONTWAIT) > 0)
+			;
+	}
 	kucomms_client_drop(client);
 	kucomms_channel_destroy(&client->channel);
 }
