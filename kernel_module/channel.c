@@ -280,12 +280,26 @@ int kucomms_channel_mmap(struct kucomms_channel *channel,
 	return 0;
 }
 
+/* The user is gone, or says so. While the channel is attached, that is counted. */
+void kucomms_channel_lose_user(struct kucomms_channel *channel)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&channel->runner_lock, irq);
+	/*
+	 * A full barrier: what it sent is seen with its end. pairs with
+	 * smp_rmb() in serve()
+	 */
+	if (!test_and_set_bit(KUCOMMS_USER_GONE, &channel->state) &&
+	    channel->runner)
+		atomic_inc(&channel->device->ending);
+	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+}
+
 /* The last descriptor or mapping went: what it sent is still delivered. */
 void kucomms_channel_user_gone(struct kucomms_channel *channel)
 {
-	/* pairs with smp_rmb() in serve(): what it sent is seen with its end */
-	smp_mb__before_atomic();
-	set_bit(KUCOMMS_USER_GONE, &channel->state);
+	kucomms_channel_lose_user(channel);
 	kucomms_channel_kick(channel);
 }
 

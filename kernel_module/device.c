@@ -229,7 +229,7 @@ static int hand_over(struct kucomms_file *kfile,
 
 /*
  * One try. Return: 0, -ESTALE when there is another endpoint by now, -EAGAIN when
- * the channel that is wanted just ends, other errors.
+ * a channel that is wanted just ends, other errors.
  */
 static int ask_for_channel(struct kucomms_file *kfile,
 			   struct kucomms_setup *setup,

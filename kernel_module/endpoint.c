@@ -105,18 +105,15 @@ static void tell_news(struct kucomms_device *device)
 	wake_up_poll(&device->wait, EPOLLPRI);
 }
 
-/* Whether a channel is open, and nobody has begun to close it. */
-static bool stays_open(const struct kucomms_channel *channel)
+/* Whether either side has begun to close a channel. */
+static bool is_ending(const struct kucomms_channel *channel)
 {
-	const unsigned long ends = BIT(KUCOMMS_USER_GONE) | BIT(KUCOMMS_BROKEN) |
-				   BIT(KUCOMMS_CLOSE_WANTED) |
-				   BIT(KUCOMMS_HUNG_UP);
-
-	return (READ_ONCE(channel->state) & (BIT(KUCOMMS_OPENED) | ends)) ==
-	       BIT(KUCOMMS_OPENED);
+	return READ_ONCE(channel->state) &
+	       (BIT(KUCOMMS_USER_GONE) | BIT(KUCOMMS_BROKEN) |
+		BIT(KUCOMMS_CLOSE_WANTED) | BIT(KUCOMMS_HUNG_UP));
 }
 
-/* The channel of this number, with a reference, if it stays open; or NULL. */
+/* The channel of this number, with a reference, if it is open; or NULL. */
 static struct kucomms_channel *get_numbered(struct kucomms_endpoint *endpoint,
 					    u32 number)
 {
@@ -125,7 +122,8 @@ static struct kucomms_channel *get_numbered(struct kucomms_endpoint *endpoint,
 	/* With its lock: who takes it out puts it after that. */
 	xa_lock(&endpoint->numbers);
 	channel = xa_load(&endpoint->numbers, number);
-	if (channel && !xa_is_value(channel) && stays_open(channel))
+	if (channel && !xa_is_value(channel) && !is_ending(channel) &&
+	    test_bit(KUCOMMS_OPENED, &channel->state))
 		kucomms_channel_get(channel);
 	else
 		channel = NULL;
@@ -133,7 +131,7 @@ static struct kucomms_channel *get_numbered(struct kucomms_endpoint *endpoint,
 	return channel;
 }
 
-/* Whether the channel of this number has lost its user, and is just closed. */
+/* Whether the channel of this number is just closed. */
 static bool number_ends(struct kucomms_endpoint *endpoint, u32 number)
 {
 	struct kucomms_channel *channel;
@@ -142,8 +140,7 @@ static bool number_ends(struct kucomms_endpoint *endpoint, u32 number)
 	xa_lock(&endpoint->numbers);
 	channel = xa_load(&endpoint->numbers, number);
 	/* Between the two steps of kucomms_endpoint_detach() it is nobody's. */
-	ends = xa_is_value(channel) ||
-	       test_bit(KUCOMMS_USER_GONE, &channel->state);
+	ends = xa_is_value(channel) || is_ending(channel);
 	xa_unlock(&endpoint->numbers);
 	return ends;
 }
@@ -154,27 +151,32 @@ static bool number_ends(struct kucomms_endpoint *endpoint, u32 number)
  * @wanted: the number that is asked for, or -1
  *
  * Return: the number, -ENOENT for a channel without one; -ECHRNG, -EADDRINUSE,
- * -EAGAIN when it is taken by one that just ends, -EBUSY.
+ * -EBUSY; -EAGAIN instead of these two when a channel is just ending: there will be
+ * news.
  */
 int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted)
 {
 	const struct kucomms_endpoint_options *options = &endpoint->options;
 	unsigned long number = 0;
+	int busy;
 
+	/* pairs with atomic_dec_return() in kucomms_endpoint_detach() */
+	busy = atomic_read_acquire(&endpoint->device->ending) ? -EAGAIN :
+								-EBUSY;
 	if (wanted >= endpoint->numbered)
 		return -ECHRNG;
 	if (wanted >= 0 && !xa_get_mark(&endpoint->numbers, wanted, FREE))
 		return number_ends(endpoint, wanted) ? -EAGAIN : -EADDRINUSE;
 	if (options->max_channels &&
 	    atomic_read(&endpoint->channels) >= options->max_channels)
-		return -EBUSY;
+		return busy;
 	if (wanted >= 0)
 		return wanted;
 	if (!(options->flags & KUCOMMS_NUMBERED))
 		return -ENOENT;
 	if (!endpoint->numbered ||
 	    !xa_find(&endpoint->numbers, &number, endpoint->numbered - 1, FREE))
-		return -EBUSY;
+		return busy;
 	return number;
 }
 
@@ -432,8 +434,11 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 	return 0;
 }
 
-/* The opposite: its number is free again, and who waits for one is told. */
-void kucomms_endpoint_detach(struct kucomms_channel *channel)
+/*
+ * The opposite: its number is free again, and who waits for one is told.
+ * @ending: it was counted as such
+ */
+void kucomms_endpoint_detach(struct kucomms_channel *channel, bool ending)
 {
 	struct kucomms_endpoint *endpoint = channel->endpoint;
 
@@ -442,6 +447,12 @@ void kucomms_endpoint_detach(struct kucomms_channel *channel)
 		xa_set_mark(&endpoint->numbers, channel->number, FREE);
 	}
 	atomic_dec(&endpoint->channels);
+	if (ending)
+		/*
+		 * Who does not find it here finds it gone. pairs with
+		 * atomic_read_acquire() in kucomms_endpoint_admits()
+		 */
+		atomic_dec_return(&channel->device->ending);
 	tell_news(channel->device);
 	/* The last use of the device: now it may be removed. */
 	atomic_dec(&channel->device->channels);

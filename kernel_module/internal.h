@@ -16,7 +16,8 @@
  *	kucomms_announce_lock	declaring numbered channels
  *	kucomms_lock		the lists of devices and endpoints, and which
  *				endpoint a device has
- *	kucomms_channel.runner_lock	that its runner exists
+ *	kucomms_channel.runner_lock	that its runner exists, and who has
+ *				counted that its user is gone
  *	kucomms_runner.lock	its list of channels to look at
  *
  * and kucomms_channel.tx_lock and that of kucomms_endpoint.numbers, which are
@@ -65,6 +66,7 @@
  * @endpoint: who has registered under this name, or NULL
  * @opens: files that are open
  * @channels: that are attached
+ * @ending: of those, whose user is gone
  * @news: how often something has changed for who did not get a channel
  * @wait: for an endpoint, and for @news
  */
@@ -75,6 +77,7 @@ struct kucomms_device {
 	struct kucomms_endpoint *endpoint;
 	unsigned int opens;
 	atomic_t channels;
+	atomic_t ending;
 	atomic64_t news;
 	wait_queue_head_t wait;
 };
@@ -317,6 +320,7 @@ int kucomms_channel_mmap(struct kucomms_channel *channel,
 			 struct vm_area_struct *vma);
 void kucomms_channel_signal(struct kucomms_channel *channel);
 void kucomms_channel_broken(struct kucomms_channel *channel);
+void kucomms_channel_lose_user(struct kucomms_channel *channel);
 void kucomms_channel_user_gone(struct kucomms_channel *channel);
 __poll_t kucomms_channel_events(struct kucomms_channel *channel);
 bool kucomms_channel_room(struct kucomms_channel *channel);
@@ -340,7 +344,7 @@ int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted);
 int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 			    struct kucomms_channel *channel,
 			    struct kucomms_runner *runner, s64 wanted);
-void kucomms_endpoint_detach(struct kucomms_channel *channel);
+void kucomms_endpoint_detach(struct kucomms_channel *channel, bool ending);
 
 /* debugfs.c */
 void kucomms_debugfs_init(void);

@@ -76,16 +76,18 @@ static void detach(struct kucomms_runner *runner,
 		   struct kucomms_channel *channel)
 {
 	unsigned long irq;
+	bool ending;
 
 	raw_spin_lock_irqsave(&channel->runner_lock, irq);
 	channel->runner = NULL;
+	ending = test_bit(KUCOMMS_USER_GONE, &channel->state);
 	raw_spin_lock(&runner->lock);
 	list_del_init(&channel->ready);
 	raw_spin_unlock(&runner->lock);
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
 	list_del_init(&channel->attached);
 	undrain(runner, channel);
-	kucomms_endpoint_detach(channel);
+	kucomms_endpoint_detach(channel, ending);
 	if (runner != runner->endpoint->shared)
 		runner->finished = true;
 	kucomms_channel_put(channel);
@@ -223,7 +225,7 @@ static void open_channel(struct kucomms_runner *runner,
 
 /*
  * The pins are the runner's, as the consumer is. So who lets go, anywhere, only
- * marks a bit and kicks; and to hold nothing costs nothing.
+ * marks a bit and kicks; and to hold nothing costs a load now and then.
  *
  * Unpin what was let go. Return: whether there was anything.
  */
@@ -435,9 +437,9 @@ static bool serve(struct kucomms_runner *runner,
 	/* First whether more can come, then what has come. */
 	state = kucomms_ring_peer_state(&channel->rx);
 	if (state != KUCOMMS_STATE_OPEN)
-		set_bit(KUCOMMS_USER_GONE, &channel->state);
+		kucomms_channel_lose_user(channel);
 	if (test_bit(KUCOMMS_USER_GONE, &channel->state)) {
-		/* pairs with smp_mb__before_atomic() in kucomms_channel_user_gone() */
+		/* pairs with test_and_set_bit() in kucomms_channel_lose_user() */
 		smp_rmb();
 		channel->rx.final = 1;
 		/* There will never be room: the next send says so. */

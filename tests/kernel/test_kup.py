@@ -619,6 +619,21 @@ async def test_a_number_again_and_again(module, flags):
     await until(lambda: module.counts() == (50, 50))
 
 
+async def test_the_only_channel_again_and_again(module):
+    """The same for any that is free, whichever side has closed it."""
+    module.load(channels=1)
+    for count in range(1, 51):
+        async with connect(0 if count % 3 else None, timeout=0) as link:
+            await our_nonces(link, awaiting, 1)
+            if count % 3 == 1:
+                await link.send(b"", type=Do.END_WITH)
+                with pytest.raises(PeerClosedError):
+                    await awaiting(link)
+                async with connect(0, timeout=0) as again:
+                    await our_nonces(again, awaiting, 1)
+    await until(lambda: len(set(module.counts())) == 1)
+
+
 async def test_a_number_of_a_process_that_was_killed(module):
     module.load(channels=1)
 

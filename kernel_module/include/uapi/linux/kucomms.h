@@ -182,7 +182,7 @@ struct kucomms_geometry {
  * ENOMEM
  *
  * or what the endpoint says, whose callback is waited for, also with O_NONBLOCK.
- * So is the end of a channel whose user is gone, by who wants its number.
+ * So is the end of a channel that is just being closed, by who would get it.
  */
 struct kucomms_setup {
 	__u32 version;
