@@ -289,6 +289,70 @@ static void test_messages(void)
 	pair_close(&pair);
 }
 
+static void *send_forty(void *argument)
+{
+	static unsigned char data[1000];
+	struct kucomms_client *client = argument;
+	uint64_t id;
+
+	for (id = 0; id < 40; id++) {
+		memset(data, (int)id, sizeof(data));
+		CHECK(!kucomms_client_send(client, data, sizeof(data), 0, id, 0,
+					   5000));
+	}
+	return NULL;
+}
+
+/* What is held stays what it was; the peer waits for its room. */
+static void test_held(void)
+{
+	static const unsigned int order[] = { 3, 1, 0, 2 };
+	struct kucomms_view view[4], next;
+	struct kucomms_pin pin[4];
+	static struct pair pair;
+	pthread_t thread;
+	unsigned int i, k;
+	uint64_t id = 0;
+
+	pair_open(&pair, 8192, 0);
+	CHECK(!pthread_create(&thread, NULL, send_forty, &pair.a));
+	while (id < 40) {
+		for (i = 0; i < 4; i++) {
+			CHECK(!kucomms_client_receive(&pair.b, &view[i], 5000));
+			CHECK(view[i].id == id++);
+			kucomms_client_hold(&pair.b, &view[i], &pin[i]);
+		}
+		/* More than the ring has left has to wait for the oldest. */
+		for (i = 0; i < 3 && id < 40; i++, id++) {
+			CHECK(!kucomms_client_receive(&pair.b, &next, 5000));
+			CHECK(next.id == id);
+			kucomms_client_release(&pair.b, &next);
+		}
+		if (id < 40)
+			CHECK(receive_nothing(&pair.b, 20) == -ETIMEDOUT);
+		for (i = 0; i < 4; i++) {
+			k = order[i];
+			CHECK(view[k].data[0] == view[k].id);
+			CHECK(view[k].data[999] == view[k].id);
+			kucomms_client_let_go(&pair.b, &pin[k]);
+		}
+		if (id > 36)
+			break;
+	}
+	for (; id < 40; id++) {
+		CHECK(!kucomms_client_receive(&pair.b, &next, 5000));
+		CHECK(next.id == id);
+		kucomms_client_hold(&pair.b, &next, &pin[0]);
+		kucomms_client_let_go(&pair.b, &pin[0]);
+	}
+	CHECK(!pthread_join(thread, NULL));
+	CHECK(!send_text(&pair.a, "held", 0));
+	CHECK(!kucomms_client_receive(&pair.b, &next, 5000));
+	kucomms_client_hold(&pair.b, &next, &pin[0]);
+	pair_close(&pair);
+	kucomms_client_let_go(&pair.b, &pin[0]);
+}
+
 static void test_ring_sizes(void)
 {
 	static struct pair pair;
@@ -1018,6 +1082,7 @@ static const struct {
 	{ "directory_is_locked", test_directory_is_locked },
 	{ "directory_of_others", test_directory_of_others },
 	{ "messages", test_messages },
+	{ "held", test_held },
 	{ "ring_sizes", test_ring_sizes },
 	{ "full", test_full },
 	{ "waiting", test_waiting },

@@ -1575,6 +1575,40 @@ static inline void kucomms_client_release(struct kucomms_client *client,
 	kucomms_client_give_back(client);
 }
 
+/**
+ * kucomms_client_hold - keep a message, and go on to the next
+ * @client: the link
+ * @view: what kucomms_client_receive() gave last; its data stay where they are
+ * @pin: the caller's, one for each message, not to be moved or copied
+ *
+ * Instead of kucomms_client_release(). Any number may be held, and let go in any
+ * order. What came since the oldest of them is no room for the peer meanwhile. The
+ * data are gone with the link.
+ */
+static inline void kucomms_client_hold(struct kucomms_client *client,
+				       const struct kucomms_view *view,
+				       struct kucomms_pin *pin)
+{
+	kucomms_pins_init(pin);
+	if (client->error)
+		return;
+	kucomms_channel_borrow(&client->channel, view, pin);
+	kucomms_client_give_back(client);
+}
+
+/**
+ * kucomms_client_let_go - done with a message that was held
+ * @client: the link, which may be closed meanwhile, but not made anew
+ * @pin: as for kucomms_client_hold()
+ */
+static inline void kucomms_client_let_go(struct kucomms_client *client,
+					 struct kucomms_pin *pin)
+{
+	kucomms_channel_unpin_rx(pin);
+	if (!client->error)
+		kucomms_client_give_back(client);
+}
+
 /* ---- poll loops --------------------------------------------------------- */
 
 /**
