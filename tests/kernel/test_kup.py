@@ -266,37 +266,39 @@ async def play(game, receive, links):
         assert status.number == link.channel_number == link.peer.channel
 
 
-@pytest.mark.parametrize("receive", [awaiting, looking, blocking])
 @pytest.mark.parametrize("modules", [1, 2], ids=["one_module", "two_modules"])
-@pytest.mark.parametrize("channels", [1, 2], ids=["one_channel", "two_channels"])
 @pytest.mark.parametrize("user_first", [False, True], ids=["kernel_first", "user_first"])
 @pytest.mark.parametrize("game", GAMES)
-async def test_games(load, unload, game, user_first, channels, modules, receive):
-    """Whoever is there first; the user takes each channel by its number."""
+async def test_games(load, unload, game, user_first, modules):
+    """Over one channel and two at once, of one module or two, received in three ways.
+
+    Whoever is there first; the user takes each channel by its number.
+    """
     begin, hops, function = GAMES[game]
     names = MODULES[:modules]
-    with made(load, unload, *names) as loaded:
+    with made(load, unload, *names) as those:
 
         def load_all():
-            for module in loaded:
-                module.load(channels=channels, begin=begin, hops=hops)
+            for module in those:
+                module.load(channels=2, begin=begin, hops=hops)
 
         if not user_first:
             load_all()
-        connecting = [
-            asyncio.ensure_future(connect(number, name)._open())
-            for name, number in itertools.product(names, range(channels))
-        ]
-        if user_first:
-            await asyncio.sleep(0)
-            assert not any(task.done() for task in connecting)
-            await asyncio.to_thread(load_all)
-        links = await asyncio.gather(*connecting)
-        try:
-            await play(function, receive, links)
-        finally:
-            for link in links:
-                await link.aclose()
+        for channels, receive in itertools.product([1, 2], [awaiting, looking, blocking]):
+            connecting = [
+                asyncio.ensure_future(connect(number, name)._open())
+                for name, number in itertools.product(names, range(channels))
+            ]
+            if not those[0].loaded:
+                await asyncio.sleep(0)
+                assert not any(task.done() for task in connecting)
+                await asyncio.to_thread(load_all)
+            links = await asyncio.gather(*connecting)
+            try:
+                await play(function, receive, links)
+            finally:
+                for link in links:
+                    await link.aclose()
 
 
 @pytest.mark.parametrize("flags", [0, THREADS, IN_PLACE], ids=["shared", "threads", "in_place"])
