@@ -809,7 +809,8 @@ async def test_in_c(module, client, how, flags):
 @pytest.mark.parametrize("hops", [1, 2])
 async def test_in_c_when_the_kernel_begins(module, client, hops):
     user_first = asyncio.ensure_future(client("kernel", "kernel://kup/1", hops))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.2)
+    assert not user_first.done()
     module.load(channels=2, begin=NONCES, hops=hops)
     assert await user_first == (0, "")
     assert await client("kernel", "kernel://kup", hops) == (0, "")
