@@ -142,8 +142,9 @@ static int ask_for_terms(struct kucomms_device *device,
 	int err = -ENOTCONN;
 	u64 asked;
 
-	terms->wanted = setup->flags & KUCOMMS_SETUP_NUMBER ? setup->channel :
-							      -1;
+	terms->wanted = -1;
+	if (setup->flags & KUCOMMS_SETUP_NUMBER)
+		terms->wanted = setup->channel;
 	/* pairs with atomic64_inc_return() in tell_news() */
 	terms->news = atomic64_read_acquire(&device->news);
 	mutex_lock(&kucomms_lock);
