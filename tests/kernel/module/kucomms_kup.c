@@ -228,8 +228,9 @@ static void kup_let_go(struct kup_channel *kup, const struct kucomms_message *me
 		return;
 	}
 	kup->kept[where] = NULL;
-	/* The one before this is let go by now, or soon. */
-	hrtimer_cancel(&kup->hard);
+	/* The one before this first. */
+	if (hrtimer_cancel(&kup->hard))
+		kucomms_let_go(kup->channel, kup->going);
 	flush_work(&kup->process);
 	kup->going = held;
 	switch (kup_argument(message, 1)) {
