@@ -71,12 +71,13 @@ static void *map_side(struct page **pages, unsigned long count, pgprot_t prot)
 	return at;
 }
 
-static void fill_geometry(struct kucomms_geometry *geometry, u64 ring_size)
+static void fill_geometry(struct kucomms_geometry *geometry, u64 ring_size,
+			  u64 features)
 {
 	geometry->magic = KUCOMMS_MAGIC;
 	geometry->version = KUCOMMS_ABI_VERSION;
 	geometry->side = 0;
-	geometry->features = KUCOMMS_FEATURES;
+	geometry->features = features;
 	geometry->page_size = PAGE_SIZE;
 	geometry->ring_size = ring_size;
 	geometry->producer_offset = PAGE_SIZE;
@@ -111,10 +112,11 @@ static void signal_work(struct irq_work *work);
 /**
  * kucomms_channel_new - a channel with its memory, charged to the caller
  * @ring_size: of each ring, a power of two, at least a page
+ * @features: in force
  *
  * Return: the channel, with one reference, or an error pointer.
  */
-struct kucomms_channel *kucomms_channel_new(u64 ring_size)
+struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features)
 {
 	struct kucomms_channel *channel;
 	void *own, *peer;
@@ -136,6 +138,10 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size)
 	INIT_WORK(&channel->release, channel_release_work);
 	channel->number = -ENOENT;
 	channel->ring_size = ring_size;
+	channel->features = features;
+	if (features & KUCOMMS_FEATURE_TURNS)	/* the user begins */
+		channel->turn = KUCOMMS_TURN_THEIRS;
+	channel->turn_at = U64_MAX;		/* of no message */
 	channel->side_pages = KUCOMMS_CONTROL_PAGES + (ring_size >> PAGE_SHIFT);
 
 	err = alloc_pages_of(channel);
@@ -153,7 +159,7 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size)
 		goto err_free;
 	channel->at[1] = peer;
 
-	fill_geometry(own, ring_size);
+	fill_geometry(own, ring_size, features);
 	kucomms_ring_producer_init(&channel->tx, own + PAGE_SIZE,
 				   peer + 2 * PAGE_SIZE,
 				   own + KUCOMMS_CONTROL_PAGES * PAGE_SIZE,
@@ -372,6 +378,75 @@ void kucomms_channel_broken(struct kucomms_channel *channel)
 	kucomms_channel_signal(channel);
 }
 
+/* ---- turns --------------------------------------------------------------- */
+
+/*
+ * With turns, who sends passes the turn to the user, and the next message of the
+ * user brings it back, just before its callback. A sender takes the turn from us
+ * with the lock, or as the only one; the runner brings it. Each writes only where
+ * it has found the other's last word, as in user space: see channel.h there.
+ */
+static void set_turn(struct kucomms_channel *channel, u32 turn)
+{
+	if (READ_ONCE(channel->turn) != KUCOMMS_TURN_ANY)
+		WRITE_ONCE(channel->turn, turn);
+}
+
+/**
+ * kucomms_has_turn - may the kernel send on this channel?
+ * @channel: the channel
+ *
+ * With KUCOMMS_TURNS: from the message callback of what the user has sent until
+ * something is sent; without, always. Any context but NMI.
+ */
+bool kucomms_has_turn(struct kucomms_channel *channel)
+{
+	return READ_ONCE(channel->turn) != KUCOMMS_TURN_THEIRS;
+}
+EXPORT_SYMBOL_GPL(kucomms_has_turn);
+
+/**
+ * kucomms_channel_take_turn - a message is handed out, and the turn with it
+ * @channel: the channel; the caller is its runner
+ *
+ * Once for each message, however often that is handed out, see kucomms_retry():
+ * who has sent something and gets the same message again must not send twice.
+ */
+void kucomms_channel_take_turn(struct kucomms_channel *channel)
+{
+	if (READ_ONCE(channel->turn) == KUCOMMS_TURN_ANY ||
+	    channel->rx.position == channel->turn_at)
+		return;
+	channel->turn_at = channel->rx.position;
+	set_turn(channel, KUCOMMS_TURN_OURS);
+}
+
+/**
+ * kucomms_channel_check_turn - may the user have sent this?
+ * @channel: the channel; the caller is its runner
+ * @view: what was found at the front
+ *
+ * Return: 0 or -EPROTO.
+ */
+int kucomms_channel_check_turn(const struct kucomms_channel *channel,
+			       const struct kucomms_view *view)
+{
+	/*
+	 * Read after the message: when that answers what was sent elsewhere, then
+	 * the turn that was taken for it is seen, too.
+	 */
+	u32 turn = READ_ONCE(channel->turn);
+
+	if (view->flags & KUCOMMS_FLAG_TOKEN &&
+	    (turn == KUCOMMS_TURN_ANY || view->length ||
+	     view->flags != KUCOMMS_FLAG_TOKEN))
+		return -EPROTO;
+	if (turn == KUCOMMS_TURN_OURS &&
+	    channel->rx.position != channel->turn_at)
+		return -EPROTO;		/* it has sent twice */
+	return 0;
+}
+
 /* ---- sending ------------------------------------------------------------- */
 
 static int why_closed(struct kucomms_channel *channel)
@@ -395,6 +470,8 @@ static int next_frame(struct kucomms_channel *channel, u32 length,
 	if (!channel->tx_open ||
 	    test_bit(KUCOMMS_USER_GONE, &channel->state))
 		return why_closed(channel);
+	if (!kucomms_has_turn(channel))
+		return -EPERM;
 	err = kucomms_ring_next(&channel->tx, length, frame);
 	/* Ask for the doorbell: with it the work callback is called. */
 	if (err == -EAGAIN && kucomms_ring_park_for_space(&channel->tx, span))
@@ -416,6 +493,7 @@ static int reserve(struct kucomms_channel *channel, u32 length,
 
 	if (!err) {
 		count_sent(channel, length);
+		set_turn(channel, KUCOMMS_TURN_THEIRS);
 		kucomms_ring_hold(&channel->tx, *frame, length);
 	}
 	return err;
@@ -472,6 +550,8 @@ static int put(struct kucomms_channel *channel,
 	if (!err) {
 		count_sent(channel, message->length);
 		fill(frame, message);
+		/* Before it is seen: the answer brings the turn back. */
+		set_turn(channel, KUCOMMS_TURN_THEIRS);
 		kucomms_ring_publish(&channel->tx, frame, message->length,
 				     flags);
 	}
@@ -505,6 +585,10 @@ static int send_message(struct kucomms_channel *channel,
 {
 	int err;
 
+	if (flags & KUCOMMS_FLAG_TOKEN &&
+	    (flags != KUCOMMS_FLAG_TOKEN || message->length ||
+	     !(channel->features & KUCOMMS_FEATURE_TURNS)))
+		return -EINVAL;
 	/*
 	 * Pairs with synchronize_rcu_expedited() in end_channel() and shut():
 	 * what was reserved is committed before the user sees the end.
@@ -520,23 +604,30 @@ static int send_message(struct kucomms_channel *channel,
 	return sent(channel, err);
 }
 
+/* Of the flags of a message, what a module can send. */
+static u32 flags_of(const struct kucomms_message *message)
+{
+	return message->flags & (KUCOMMS_FLAG_REPLY | KUCOMMS_FLAG_TOKEN);
+}
+
 /**
  * kucomms_send - send a message
  * @channel: to whom
- * @message: what; copied. Of its flags only KUCOMMS_FLAG_REPLY counts
+ * @message: what; copied. Of its flags only KUCOMMS_FLAG_REPLY counts, and
+ *	     KUCOMMS_FLAG_TOKEN, see kucomms_pass_turn()
  *
  * Any context but NMI; may be mixed freely with every other way to send but
  * kucomms_send_unlocked().
  *
  * Return: 0, -EAGAIN when the ring is full (the work callback is called when
  * there is room again), -EMSGSIZE when it can never fit, -ESHUTDOWN when the
- * channel is closed, -EPROTO when the user broke the rules.
+ * channel is closed, -EPROTO when the user broke the rules, -EPERM when it is the
+ * user's turn, -EINVAL for a token with data, as a reply, or without turns.
  */
 int kucomms_send(struct kucomms_channel *channel,
 		 const struct kucomms_message *message)
 {
-	return send_message(channel, message,
-			    message->flags & KUCOMMS_FLAG_REPLY, true);
+	return send_message(channel, message, flags_of(message), true);
 }
 EXPORT_SYMBOL_GPL(kucomms_send);
 
@@ -552,10 +643,24 @@ EXPORT_SYMBOL_GPL(kucomms_send);
 int kucomms_send_unlocked(struct kucomms_channel *channel,
 			  const struct kucomms_message *message)
 {
-	return send_message(channel, message,
-			    message->flags & KUCOMMS_FLAG_REPLY, false);
+	return send_message(channel, message, flags_of(message), false);
 }
 EXPORT_SYMBOL_GPL(kucomms_send_unlocked);
+
+/**
+ * kucomms_pass_turn - have the user send, with nothing to tell him
+ * @channel: a channel with turns
+ *
+ * The user gets an empty message with KUCOMMS_FLAG_TOKEN. Context and return as
+ * kucomms_send().
+ */
+int kucomms_pass_turn(struct kucomms_channel *channel)
+{
+	static const struct kucomms_message token;
+
+	return send_message(channel, &token, KUCOMMS_FLAG_TOKEN, true);
+}
+EXPORT_SYMBOL_GPL(kucomms_pass_turn);
 
 /**
  * kucomms_reply - answer a request
@@ -588,7 +693,8 @@ EXPORT_SYMBOL_GPL(kucomms_reply);
  *
  * The message is to be filled in and given to kucomms_commit() or
  * kucomms_discard(), in any order with others; up to 64 may be out. Its length
- * is fixed. The user sees nothing that comes after it before that.
+ * is fixed. The user sees nothing that comes after it before that. With turns it
+ * takes the turn, and kucomms_discard() gives it back.
  *
  * Any context but NMI. Return: the message, or an error pointer: as
  * kucomms_send(), and -ENOBUFS when too many are out.
@@ -639,7 +745,8 @@ static void end_loan(struct kucomms_channel *channel,
 /**
  * kucomms_commit - send a message that was written in place
  * @channel: to whom
- * @message: from kucomms_reserve(); not to be used any more
+ * @message: from kucomms_reserve(); not to be used any more. Of its flags only
+ *	     KUCOMMS_FLAG_REPLY counts
  *
  * When the channel was closed meanwhile, it is dropped. Any context but NMI.
  */
@@ -677,6 +784,7 @@ void kucomms_discard(struct kucomms_channel *channel,
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
 	channel->messages_sent--;
 	channel->bytes_sent -= loan->length;
+	set_turn(channel, KUCOMMS_TURN_OURS);
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
 	kucomms_ring_discard(loan->frame, loan->length);
 	end_loan(channel, loan);
@@ -727,6 +835,7 @@ void kucomms_commit_unlocked(struct kucomms_channel *channel,
 	loan->frame->id = message->id;
 	loan->frame->user_value = message->user_value;
 	count_sent(channel, loan->length);
+	set_turn(channel, KUCOMMS_TURN_THEIRS);
 	kucomms_ring_publish(&channel->tx, loan->frame, loan->length,
 			     message->flags & KUCOMMS_FLAG_REPLY);
 	trace_kucomms_send(channel->serial, message->type, message->id,
@@ -879,7 +988,8 @@ EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
  * again: as soon as there is room after a send to this channel has met -EAGAIN,
  * or after kucomms_resume(), or when the user is gone. No other message of the
  * channel comes meanwhile, and when its ring is full, the user waits. A hostile
- * user may have changed the message by then.
+ * user may have changed the message by then. With turns it brings the turn when it
+ * is handed out first, and not again.
  */
 void kucomms_retry(struct kucomms_channel *channel)
 {

@@ -45,6 +45,7 @@ static int channel_show(struct seq_file *file, void *unused)
 	if (channel->number >= 0)
 		seq_printf(file, "number %d\n", channel->number);
 	seq_printf(file, "ring_size %llu\n", channel->ring_size);
+	seq_printf(file, "has_turn %d\n", kucomms_has_turn(channel));
 	seq_printf(file, "messages_sent %llu\n",
 		   count_of(&channel->messages_sent));
 	seq_printf(file, "bytes_sent %llu\n", count_of(&channel->bytes_sent));

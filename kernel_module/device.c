@@ -101,7 +101,7 @@ static void answer_setup(struct kucomms_setup *setup,
 
 	memset(setup, 0, sizeof(*setup));
 	setup->version = KUCOMMS_ABI_VERSION;
-	setup->features = KUCOMMS_FEATURES;
+	setup->features = channel->features;
 	setup->ring_size = channel->ring_size;
 	setup->page_size = PAGE_SIZE;
 	setup->side_size = side_size;
@@ -118,6 +118,7 @@ static void answer_setup(struct kucomms_setup *setup,
  * struct kucomms_terms - what a channel has to be like for an endpoint
  * @endpoint: its serial
  * @ring_size: of each ring
+ * @features: in force
  * @flags: its options
  * @wanted: the number that is asked for, or -1
  * @news: the device's, before it was asked
@@ -125,13 +126,15 @@ static void answer_setup(struct kucomms_setup *setup,
 struct kucomms_terms {
 	u64 endpoint;
 	u64 ring_size;
+	u64 features;
 	u32 flags;
 	s64 wanted;
 	u64 news;
 };
 
 /*
- * The terms of the endpoint for who asks for this. Return: 0, -ENOTCONN, or as
+ * The terms of the endpoint for who asks for this. Return: 0, -ENOTCONN,
+ * -EPROTONOSUPPORT when he does not know a feature that it needs, or as
  * kucomms_endpoint_admits(): before anything is allocated in vain.
  */
 static int ask_for_terms(struct kucomms_device *device,
@@ -155,9 +158,13 @@ static int ask_for_terms(struct kucomms_device *device,
 				PAGE_SIZE, options->max_ring_size);
 		terms->ring_size = roundup_pow_of_two(asked);
 		terms->flags = options->flags;
+		terms->features = options->flags & KUCOMMS_TURNS ?
+				  KUCOMMS_FEATURE_TURNS : 0;
 		err = kucomms_endpoint_admits(device->endpoint, terms->wanted);
 		if (err >= 0 || err == -ENOENT)
 			err = 0;
+		if (terms->features & ~setup->features)
+			err = -EPROTONOSUPPORT;
 	}
 	mutex_unlock(&kucomms_lock);
 	return err;
@@ -172,7 +179,7 @@ static int prepare(struct kucomms_file *kfile,
 	int err;
 
 	*runner = NULL;
-	*channel = kucomms_channel_new(terms->ring_size);
+	*channel = kucomms_channel_new(terms->ring_size, terms->features);
 	if (IS_ERR(*channel))
 		return PTR_ERR(*channel);
 	if (terms->flags & KUCOMMS_RX_IN_PLACE) {
@@ -299,7 +306,17 @@ static int set_up(struct kucomms_file *kfile, struct kucomms_setup *setup)
 	return 0;
 }
 
-static long ioctl_setup(struct kucomms_file *kfile, void __user *argument)
+/* Tell who knows other things than we do what we know. Return: the error. */
+static int refuse_setup(struct kucomms_setup __user *asked)
+{
+	if (put_user(KUCOMMS_ABI_VERSION, &asked->version) ||
+	    put_user(KUCOMMS_FEATURES, &asked->features))
+		return -EFAULT;
+	return -EPROTONOSUPPORT;
+}
+
+static long ioctl_setup(struct kucomms_file *kfile,
+			struct kucomms_setup __user *argument)
 {
 	struct kucomms_setup setup;
 	int err;
@@ -307,12 +324,8 @@ static long ioctl_setup(struct kucomms_file *kfile, void __user *argument)
 	if (copy_from_user(&setup, argument, sizeof(setup)))
 		return -EFAULT;
 	err = check_setup(&setup);
-	if (err == -EPROTONOSUPPORT) {
-		setup.version = KUCOMMS_ABI_VERSION;
-		setup.features = KUCOMMS_FEATURES;
-		if (copy_to_user(argument, &setup, sizeof(setup)))
-			return -EFAULT;
-	}
+	if (err == -EPROTONOSUPPORT)
+		return refuse_setup(argument);
 	if (err)
 		return err;
 	/* So that nothing has to be undone if the answer cannot be given. */
@@ -323,6 +336,8 @@ static long ioctl_setup(struct kucomms_file *kfile, void __user *argument)
 		return err;
 	err = kfile->channel ? -EALREADY : set_up(kfile, &setup);
 	mutex_unlock(&kfile->lock);
+	if (err == -EPROTONOSUPPORT)
+		return refuse_setup(argument);
 	if (!err && copy_to_user(argument, &setup, sizeof(setup)))
 		return -EFAULT;
 	return err;

@@ -46,7 +46,8 @@ static int take_options(struct kucomms_endpoint *endpoint,
 	if (asked) {
 		if (!size_fits(asked, asked->size, sizeof(*asked)) ||
 		    asked->flags & ~(KUCOMMS_THREAD_PER_CHANNEL |
-				     KUCOMMS_RX_IN_PLACE | KUCOMMS_NUMBERED) ||
+				     KUCOMMS_RX_IN_PLACE | KUCOMMS_NUMBERED |
+				     KUCOMMS_TURNS) ||
 		    asked->numbered > KUCOMMS_NUMBERED_MAX ||
 		    asked->hello_length > KUCOMMS_HELLO_MAX ||
 		    (asked->hello_length && !asked->hello))

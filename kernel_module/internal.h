@@ -176,6 +176,13 @@ struct kucomms_held {
 	struct kucomms_pin pin;
 };
 
+/* Whose turn it is to send, as in channel.h of user space. */
+enum {
+	KUCOMMS_TURN_ANY,	/* a channel without turns */
+	KUCOMMS_TURN_OURS,
+	KUCOMMS_TURN_THEIRS,
+};
+
 /* Bits of kucomms_channel.state. */
 enum {
 	KUCOMMS_OPENED,		/* the open callback has said yes */
@@ -203,16 +210,19 @@ enum {
  * @hello: its greeting
  * @hello_length: of @hello
  * @ring_size: of each ring
+ * @features: in force, KUCOMMS_FEATURE_...
  * @side_pages: pages of one side
  * @pages: those of side 0, then those of side 1
  * @at: where each side is mapped, its data twice in a row
  * @tx_lock: of all up to @loans
  * @tx: the ring to the user
  * @tx_open: whether anything can be sent
+ * @turn: whose it is; written by senders, and by the runner without the lock
  * @short_of: a send of so many bytes has met a full ring; 0 for none
  * @loans_out: which of @loans are in use
  * @loans: messages that are written in place
  * @rx: the ring from the user; the runner's own
+ * @turn_at: position of the message that has brought the turn; the runner's own
  * @in_hand: the message that the callback has now
  * @held: room for messages that are held; NULL without KUCOMMS_RX_IN_PLACE
  * @held_now: which of @held are in use; the runner's own
@@ -247,6 +257,7 @@ struct kucomms_channel {
 	u32 hello_length;
 
 	u64 ring_size;
+	u64 features;
 	unsigned long side_pages;
 	struct page **pages;
 	void *at[2];
@@ -254,6 +265,7 @@ struct kucomms_channel {
 	raw_spinlock_t tx_lock;
 	struct kucomms_ring_producer tx;
 	bool tx_open;
+	u32 turn;
 	u64 short_of;
 	u64 messages_sent;
 	u64 bytes_sent;
@@ -262,6 +274,7 @@ struct kucomms_channel {
 	struct kucomms_loan loans[KUCOMMS_LOAN_LIMIT];
 
 	struct kucomms_ring_consumer rx;
+	u64 turn_at;
 	const struct kucomms_message *in_hand;
 	struct kucomms_held *held;
 	unsigned long held_now;
@@ -315,7 +328,7 @@ extern const struct file_operations kucomms_fops;
 struct kucomms_device *kucomms_device_by_minor(u32 minor);
 
 /* channel.c */
-struct kucomms_channel *kucomms_channel_new(u64 ring_size);
+struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features);
 int kucomms_channel_mmap(struct kucomms_channel *channel,
 			 struct vm_area_struct *vma);
 void kucomms_channel_signal(struct kucomms_channel *channel);
@@ -325,6 +338,9 @@ void kucomms_channel_user_gone(struct kucomms_channel *channel);
 __poll_t kucomms_channel_events(struct kucomms_channel *channel);
 bool kucomms_channel_room(struct kucomms_channel *channel);
 void kucomms_channel_stop_sending(struct kucomms_channel *channel);
+void kucomms_channel_take_turn(struct kucomms_channel *channel);
+int kucomms_channel_check_turn(const struct kucomms_channel *channel,
+			       const struct kucomms_view *view);
 
 /* runner.c */
 struct kucomms_runner *kucomms_runner_new(const char *name);

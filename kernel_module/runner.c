@@ -329,6 +329,7 @@ static void deliver(struct kucomms_runner *runner,
 	clear_bit(KUCOMMS_STAYS, &channel->state);
 	clear_bit(KUCOMMS_RESUMED, &channel->state);
 	channel->in_hand = &message;
+	kucomms_channel_take_turn(channel);
 	runner->endpoint->ops->message(channel, &message);
 	channel->in_hand = NULL;
 	/* Not KUCOMMS_RETRY: kucomms_resume() may have come before this. */
@@ -379,6 +380,8 @@ static int drain(struct kucomms_runner *runner,
 		    test_bit(KUCOMMS_CLOSE_WANTED, &channel->state))
 			break;
 		err = kucomms_ring_peek(&channel->rx, &view);
+		if (!err)
+			err = kucomms_channel_check_turn(channel, &view);
 		if (err < 0)
 			break;
 		if (err != KUCOMMS_SKIPPED)

@@ -14,6 +14,7 @@ from kucomms.exceptions import (
     MessageTooLargeError,
     NoSuchChannelError,
     NotReadyError,
+    OutOfTurnError,
     PeerClosedError,
     PoolFull,
     ProtocolError,
@@ -25,7 +26,7 @@ from kucomms.exceptions import (
     VersionError,
 )
 from kucomms.link import Link
-from kucomms.message import Message
+from kucomms.message import Message, Token
 from kucomms.pool import Buffer, Completion, Pool, open_pool
 from kucomms.statistics import EndpointStatistics, LinkStatistics, PoolStatistics
 from kucomms.transports.base import Listener, Peer
@@ -49,6 +50,7 @@ __all__ = [
     "MessageTooLargeError",
     "NoSuchChannelError",
     "NotReadyError",
+    "OutOfTurnError",
     "Peer",
     "PeerClosedError",
     "Pool",
@@ -58,6 +60,7 @@ __all__ = [
     "QueueEmpty",
     "QueueFull",
     "ShutdownError",
+    "Token",
     "TransportError",
     "UsageError",
     "VersionError",

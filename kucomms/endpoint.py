@@ -34,13 +34,14 @@ from kucomms._log_limit import LogLimit
 from kucomms.exceptions import (
     ClosedError,
     KucommsError,
+    OutOfTurnError,
     PeerClosedError,
     ProtocolError,
     QueueFull,
     UsageError,
 )
 from kucomms.link import Link
-from kucomms.message import Message
+from kucomms.message import Message, Token
 from kucomms.polling import AdaptivePolling
 from kucomms.pool import Pool
 from kucomms.scheduler import Scheduler, Ticker
@@ -57,7 +58,7 @@ from kucomms.zero_copy import borrowed_message, end_borrow
 
 __all__ = ["Connecting", "Endpoint", "connect"]
 
-_core.configure(Message, CoroutineType)
+_core.configure(Message, Token, CoroutineType)
 _log = structlog.get_logger("kucomms")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -350,6 +351,7 @@ class Endpoint:
         max_links: int = 4096,
         allow: Iterable[int] = (),
         hello: bytes = b"",
+        turns: bool = False,
     ) -> Listener:
         """Take connections at ``url``, until the returned listener is closed.
 
@@ -358,7 +360,9 @@ class Endpoint:
         to ``max_ring_size``. ``max_links``: as soon as this endpoint has so many links, of
         whatever origin, others get ``BusyError``. ``allow``: ids of users who may connect
         besides our own. ``hello``: up to 64 bytes that each peer finds in
-        ``link.peer.hello``.
+        ``link.peer.hello``. ``turns``: on each link only one side may send, and passes the turn
+        with its message, or with a ``Token``; the peer begins. A peer that does not know turns
+        gets ``VersionError``.
 
         Raises AddressError, AddressInUseError, TransportError.
         """
@@ -370,6 +374,7 @@ class Endpoint:
             max_links=max_links,
             allow=frozenset(allow),
             hello=_check_hello(hello),
+            turns=turns,
         )
         listener = await transports.find(address).listen(
             address, options, self._accept, lambda: len(self._links)
@@ -430,13 +435,13 @@ class Endpoint:
         id: int | None = None,
         user_value: int | None = None,
     ) -> int:
-        """Send to every link that has room; returns how many got it."""
+        """Send to every link that has room, and the turn; returns how many got it."""
         self._check_started()
         count = 0
         for link in tuple(self._links):
             try:
                 link.send_nowait(data, type=type, id=id, user_value=user_value)
-            except (QueueFull, PeerClosedError, ClosedError, ProtocolError):
+            except (QueueFull, OutOfTurnError, PeerClosedError, ClosedError, ProtocolError):
                 continue
             count += 1
         return count

@@ -19,6 +19,7 @@ __all__ = [
     "MessageTooLargeError",
     "NoSuchChannelError",
     "NotReadyError",
+    "OutOfTurnError",
     "PeerClosedError",
     "PoolFull",
     "ProtocolError",
@@ -89,6 +90,10 @@ class MessageTooLargeError(KucommsError, ValueError):
 
 class UsageError(KucommsError, RuntimeError):
     """Used in a way that cannot work: the wrong thread, after a fork, twice."""
+
+
+class OutOfTurnError(UsageError):
+    """On a link with turns: it is the other side's turn to send. Nothing was sent."""
 
 
 class HeaderValueError(UsageError, ValueError):

@@ -22,7 +22,9 @@ from kucomms._core import (
     FULL,
     HEADER_SIZE,
     MORE,
+    NO_TOKEN,
     OK,
+    OUT_OF_TURN,
     PAUSE,
     PROTOCOL,
     STATE_CLOSED,
@@ -38,6 +40,7 @@ from kucomms.exceptions import (
     HeaderValueError,
     KucommsError,
     MessageTooLargeError,
+    OutOfTurnError,
     PeerClosedError,
     ProtocolError,
     QueueEmpty,
@@ -81,6 +84,12 @@ class Link:
     ``max_message_size`` bytes, ``ClosedError`` after ``aclose``, ``PeerClosedError``
     when the peer has closed or died, ``ProtocolError`` when it broke the rules. When
     they raise, nothing was sent.
+
+    On a link with turns (``turns``) only one side may send. Its message passes the turn to
+    the other side, as a ``Token`` does when there is nothing to say; ``OutOfTurnError`` for
+    who sends without having it. The side that connects begins. The turn comes with a message
+    when that is received, not when it arrives: so whether this side may send (``has_turn``)
+    depends on nothing but what it has received.
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection) -> None:
@@ -104,6 +113,8 @@ class Link:
         self._inbox_bytes = 0
         self._uncounted = 0
         self._requests: dict[int, asyncio.Future[Message]] = {}
+        if self._channel.turns:  # who came too late for a reply still has to get the turn
+            self._channel.expect(self._requests)
         self._next_id = 0
         # for the endpoint: whether it is in its list of links to look at
         self._queued = False
@@ -151,6 +162,17 @@ class Link:
     def max_message_size(self) -> int:
         """Bytes of the largest message."""
         return _core.max_message_size(self._channel.ring_size)
+
+    @property
+    def turns(self) -> bool:
+        """Whether only one side may send at a time; the listening side has decided."""
+        return self._channel.turns
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether this side may send: it has the turn, or the link has no turns."""
+        channel = self._channel
+        return channel.has_turn and not (self._inbox and channel.turns)
 
     @property
     def closed(self) -> bool:
@@ -704,7 +726,8 @@ class Link:
         ``id``: any that is not pending on this link; when not given, one is drawn. The
         peer answers with ``link.reply(message, ...)``, and only that counts as a reply.
         After ``timeout`` seconds (None: never) it raises ``TimeoutError``; a reply that
-        comes later is dropped and counted. ``PeerClosedError`` when the peer goes
+        comes later is dropped and counted, or, with turns, received as a message, because it
+        brings the turn. ``PeerClosedError`` when the peer goes
         without answering. Works inside handlers. Without a message handler it takes
         the messages before the reply into the backlog, for ``receive``; when that is
         full, somebody has to receive before the reply can come.
@@ -803,7 +826,12 @@ class Link:
     def _resolve(self, replies: list[Message]) -> None:
         for reply in replies:
             future = self._requests.get(reply.id)
-            if future is None or future.done():
+            if future is not None and future.done() and self._channel.turns:
+                # given up in this very turn of the loop: for who receives next
+                self._add_to_inbox([reply])
+                if self._receive_queue:
+                    self._receive_queue[0].wake()
+            elif future is None or future.done():
                 self._late_replies += 1
             else:
                 future.set_result(reply)
@@ -982,7 +1010,11 @@ class Link:
         """Move what has arrived into the backlog, as far as that may grow, and park.
 
         The backlog bounds messages; after so many rounds without one, the loop has a turn.
+
+        With turns only replies are taken. A message stays where it is until somebody receives
+        it, for then the turn comes: here it would come when nobody knows of it.
         """
+        turns = self._channel.turns
         looked_again = False
         idle_rounds = 0
         while not self._over:
@@ -992,6 +1024,8 @@ class Link:
             messages: list[Message] = []
             replies: list[Message] = []
             budget = self._endpoint._backlog_limit - self._endpoint._backlog_used
+            if turns:
+                budget = 0
             status = self._channel.receive(64, max(budget, 0), messages, replies, False)
             if messages:
                 self._add_to_inbox(messages)
@@ -1014,7 +1048,10 @@ class Link:
                     self._endpoint._backlog_filled(self)
                 return
             if looked_again:  # there is something, and it does not fit
-                self._endpoint._backlog_filled(self)
+                if not turns:
+                    self._endpoint._backlog_filled(self)
+                elif self._receive_queue:
+                    self._receive_queue[0].wake()
                 return
             looked_again = True
 
@@ -1115,6 +1152,16 @@ class Link:
             return UsageError(
                 f"{self._url}: this link was made before a fork and cannot be used in the child; "
                 "connect again there"
+            )
+        if status == OUT_OF_TURN:
+            return OutOfTurnError(
+                f"{self._url}: it is the other side's turn to send; receive its message first, "
+                "which brings the turn here"
+            )
+        if status == NO_TOKEN:
+            return UsageError(
+                f"{self._url}: a token passes the turn and is nothing else: no reply, no data, and "
+                "for links with turns only, which 'listen(..., turns=True)' makes"
             )
         if status == TOO_MANY_LOANS:
             return QueueFull(f"{self._url}: too many loans are out; finish one first")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The message: a header of three free fields, and data."""
+"""The message: a header of three free fields, and data; and the token, which has none."""
 
 from typing import Any
 
 import msgspec
 
-__all__ = ["Message"]
+__all__ = ["Message", "Token"]
 
 
 class Message(msgspec.Struct, gc=False, frozen=True):
@@ -28,3 +28,12 @@ class Message(msgspec.Struct, gc=False, frozen=True):
     def __len__(self) -> int:
         """Length of the data in bytes."""
         return len(self.data)
+
+
+class Token(Message, gc=False, frozen=True):
+    """A message that only passes the turn, on a link with turns; see ``Endpoint.listen``.
+
+    ``await link.send(Token())`` when there is nothing to say. It is received as a ``Token``,
+    so what sends every message back passes the turn back. It has no data; its header is the
+    user's.
+    """

@@ -6,8 +6,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from kucomms._core import EMPTY, OK, Borrow
-from kucomms.message import Message
+from kucomms._core import EMPTY, FLAG_TOKEN, OK, Borrow
+from kucomms.message import Message, Token
 
 if TYPE_CHECKING:
     from kucomms.link import Link
@@ -99,8 +99,9 @@ def borrowed_message(taken: Borrow | Message) -> tuple[Borrow | bytearray, Messa
         # A bytearray can tell whether views of it are alive: it does not change its size.
         keeper = bytearray(taken.data)
         view = memoryview(keeper).toreadonly()
-        return keeper, Message(view, taken.type, taken.id, taken.user_value)
-    return taken, Message(memoryview(taken), taken.type, taken.id, taken.user_value)
+        return keeper, type(taken)(view, taken.type, taken.id, taken.user_value)
+    kind = Token if taken.flags & FLAG_TOKEN else Message
+    return taken, kind(memoryview(taken), taken.type, taken.id, taken.user_value)
 
 
 def end_borrow(

@@ -15,11 +15,14 @@ from kucomms._core._ring import (
     CLOSED,
     EMPTY,
     FLAG_REPLY,
+    FLAG_TOKEN,
     FORKED,
     FULL,
     HEADER_SIZE,
     MORE,
+    NO_TOKEN,
     OK,
+    OUT_OF_TURN,
     PAUSE,
     PROTOCOL,
     STATE_CLOSED,
@@ -44,12 +47,15 @@ __all__ = [
     "CLOSED",
     "EMPTY",
     "FLAG_REPLY",
+    "FLAG_TOKEN",
     "FORKED",
     "FULL",
     "HEADER_SIZE",
     "MORE",
     "NAME_MAX",
+    "NO_TOKEN",
     "OK",
+    "OUT_OF_TURN",
     "PAUSE",
     "PROTOCOL",
     "STATE_CLOSED",
@@ -149,14 +155,17 @@ def shm_unlink(name: str) -> None:
 class HalfChannel:
     """A channel of which our own side is mapped; ``attach`` adds the peer's.
 
-    ``own``: our side, 0 or 1; ``fd``, ``offset``: where our pages are.
+    ``own``: our side, 0 or 1; ``fd``, ``offset``: where our pages are; ``features``: those
+    in force, ``KUCOMMS_FEATURE_...``.
     """
 
-    def __init__(self, url: str, own: int, ring_size: int, fd: int, offset: int) -> None:
+    def __init__(
+        self, url: str, own: int, ring_size: int, fd: int, offset: int, features: int = 0
+    ) -> None:
         self._url = url
         self._pid = os.getpid()
         err = _ffi.new("int *")
-        self._pointer = lib.setup_channel_new(own, ring_size, fd, offset, err)
+        self._pointer = lib.setup_channel_new(own, ring_size, features, fd, offset, err)
         if not self._pointer:
             raise os_error(-err[0], f"{url}: cannot map {ring_size} bytes of ring")
 

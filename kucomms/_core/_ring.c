@@ -38,6 +38,8 @@ enum status {
 	TOO_MANY_LOANS,
 	PAUSE,		/* the loop wants a turn first */
 	MORE,		/* as OK, and there may be more at once */
+	OUT_OF_TURN,	/* it is the peer's turn to send */
+	NO_TOKEN,	/* a token with data or as a reply, or without turns */
 };
 
 #define PACE		64		/* sends between two PAUSEs */
@@ -50,6 +52,7 @@ struct module_state {
 	PyTypeObject *reservation_type;
 	PyTypeObject *borrow_type;
 	PyTypeObject *message_type;	/* set by configure() */
+	PyTypeObject *token_type;	/* likewise, a kind of message */
 	PyTypeObject *coroutine_type;	/* likewise */
 	PyObject *name_data;
 	PyObject *name_type;
@@ -63,6 +66,7 @@ typedef struct channel_object {
 	PyObject *doorbell;		/* wakes the peer; any thread */
 	int eventfd;			/* does so instead, or -1 */
 	PyObject *room;			/* called when a dropped loan's bytes are free */
+	PyObject *requests;		/* a dict, by the ids that are waited for */
 	int receiving;			/* inside receive(), which runs Python code */
 	unsigned long owner;		/* thread of attach() */
 	unsigned long generation;	/* of forks, at birth */
@@ -259,6 +263,8 @@ static enum status status_of(int err)
 		return FULL;
 	case -EMSGSIZE:
 		return TOO_LARGE;
+	case -EPERM:
+		return OUT_OF_TURN;
 	default:
 		return PROTOCOL;
 	}
@@ -308,6 +314,7 @@ struct outgoing {
 	uint64_t type;
 	uint64_t id;
 	uint64_t user_value;
+	uint32_t flags;
 	PyObject *owner;	/* keeps data alive: bytes, or NULL with view */
 	Py_buffer view;
 	int has_view;
@@ -384,6 +391,8 @@ static int outgoing_read(struct module_state *state, struct outgoing *out,
 		    header_attribute(data, state->name_user_value,
 				     &out->user_value))
 			goto error;
+		if (PyObject_TypeCheck(data, state->token_type))
+			out->flags = KUCOMMS_FLAG_TOKEN;
 	}
 	if (header_value(type, &out->type) || header_value(id, &out->id) ||
 	    header_value(user_value, &out->user_value))
@@ -402,9 +411,13 @@ static enum status outgoing_put(ChannelObject *self, struct outgoing *out,
 
 	if ((uint64_t)out->length > UINT32_MAX)
 		return TOO_LARGE;
+	if (out->flags && (flags || out->length ||
+			   !kucomms_channel_has_turns(self->channel)))
+		return NO_TOKEN;
 	err = kucomms_channel_put_locked(self->channel, out->data,
-					 (uint32_t)out->length, flags,
-					 out->type, out->id, out->user_value);
+					 (uint32_t)out->length,
+					 flags | out->flags, out->type, out->id,
+					 out->user_value);
 	return err ? status_of(err) : OK;
 }
 
@@ -681,6 +694,7 @@ static int channel_traverse(ChannelObject *self, visitproc visit, void *arg)
 	Py_VISIT(Py_TYPE(self));
 	Py_VISIT(self->doorbell);
 	Py_VISIT(self->room);
+	Py_VISIT(self->requests);
 	return 0;
 }
 
@@ -688,6 +702,7 @@ static int channel_clear(ChannelObject *self)
 {
 	Py_CLEAR(self->doorbell);
 	Py_CLEAR(self->room);
+	Py_CLEAR(self->requests);
 	return 0;
 }
 
@@ -698,6 +713,7 @@ static void channel_dealloc(ChannelObject *self)
 	PyObject_GC_UnTrack(self);
 	Py_CLEAR(self->doorbell);
 	Py_CLEAR(self->room);
+	Py_CLEAR(self->requests);
 	if (self->mapped) {
 		all_remove(self);
 		kucomms_channel_unmap(self->channel);
@@ -757,6 +773,40 @@ static PyObject *channel_on_room(ChannelObject *self, PyObject *callback)
 	Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(channel_expect_doc,
+"expect(requests)\n\nFrom now on only what answers a key of this dict is a reply, and\n"
+"every other one a message. For a channel with turns: it brings the turn, so it must\n"
+"not be dropped.");
+
+static PyObject *channel_expect(ChannelObject *self, PyObject *requests)
+{
+	PyObject *old = self->requests;
+
+	if (!PyDict_Check(requests)) {
+		PyErr_SetString(PyExc_TypeError, "not a dict");
+		return NULL;
+	}
+	self->requests = Py_NewRef(requests);
+	Py_XDECREF(old);
+	Py_RETURN_NONE;
+}
+
+/* Is this a reply, that somebody waits for? See expect(). */
+static int is_reply(ChannelObject *self, const struct kucomms_view *view)
+{
+	PyObject *id;
+	int waited;
+
+	if (!(view->flags & KUCOMMS_FLAG_REPLY) || !self->requests)
+		return view->flags & KUCOMMS_FLAG_REPLY;
+	id = PyLong_FromUnsignedLongLong(view->id);
+	waited = id ? PyDict_Contains(self->requests, id) : -1;
+	Py_XDECREF(id);
+	if (waited < 0)		/* no memory: it can be received at least */
+		PyErr_Clear();
+	return waited > 0;
+}
+
 static PyObject *send_from(ChannelObject *self, PyObject *const *args,
 			   uint32_t flags, int any_thread)
 {
@@ -784,7 +834,7 @@ static PyObject *send_from(ChannelObject *self, PyObject *const *args,
 PyDoc_STRVAR(channel_send_doc,
 "send(data, type, id, user_value) -> status\n\n"
 "data: bytes-like or Message; None for a header value: the Message's, or 0.\n"
-"OK, FULL, TOO_LARGE, CLOSED, PROTOCOL, WRONG_THREAD or FORKED.");
+"OK, FULL, TOO_LARGE, CLOSED, PROTOCOL, WRONG_THREAD, FORKED, OUT_OF_TURN or NO_TOKEN.");
 
 static PyObject *channel_send(ChannelObject *self, PyObject *const *args,
 			      Py_ssize_t nargs)
@@ -956,6 +1006,8 @@ static PyObject *message_from(ChannelObject *self,
 	PyObject *maker = (PyObject *)self->state->message_type;
 	PyObject *data, *type, *id, *user_value, *message = NULL;
 
+	if (view->flags & KUCOMMS_FLAG_TOKEN)
+		maker = (PyObject *)self->state->token_type;
 	data = PyBytes_FromStringAndSize((const char *)view->data,
 					 (Py_ssize_t)view->length);
 	if (!data)
@@ -997,7 +1049,7 @@ static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 	for (; limit > 0 && self->attached; limit--) {
 		struct kucomms_view view;
 		PyObject *message;
-		int err;
+		int err, reply;
 
 		err = kucomms_channel_peek(channel, &view);
 		if (err == -EAGAIN)
@@ -1011,17 +1063,16 @@ static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 			break;
 		}
 		/* Replies cost nothing: somebody waits for them. */
-		if (!(view.flags & KUCOMMS_FLAG_REPLY))
+		reply = is_reply(self, &view);
+		if (!reply)
 			budget -= (long long)kucomms_frame_span(view.length);
-		if (budget < 0 && !(view.flags & KUCOMMS_FLAG_REPLY) &&
-		    !(first && !taken)) {
+		if (budget < 0 && !reply && !(first && !taken)) {
 			more = 1;
 			break;
 		}
 		message = message_from(self, &view);
 		failed = !message ||
-			 PyList_Append(view.flags & KUCOMMS_FLAG_REPLY ?
-				       replies : messages, message);
+			 PyList_Append(reply ? replies : messages, message);
 		Py_XDECREF(message);
 		if (failed)
 			break;
@@ -1292,6 +1343,8 @@ static PyObject *channel_borrow(ChannelObject *self, PyObject *unused)
 	}
 	borrow->channel = (ChannelObject *)Py_NewRef((PyObject *)self);
 	borrow->view = view;
+	if (!is_reply(self, &view))
+		borrow->view.flags &= ~(uint32_t)KUCOMMS_FLAG_REPLY;
 	borrow->pinned = 1;
 	self->users++;
 	kucomms_channel_borrow(self->channel, &view, &borrow->pin);
@@ -1411,6 +1464,18 @@ static PyObject *channel_get_peer_starves(ChannelObject *self, void *unused)
 			       kucomms_channel_peer_starves(self->channel));
 }
 
+static PyObject *channel_get_turns(ChannelObject *self, void *unused)
+{
+	(void)unused;
+	return PyBool_FromLong(kucomms_channel_has_turns(self->channel));
+}
+
+static PyObject *channel_get_has_turn(ChannelObject *self, void *unused)
+{
+	(void)unused;
+	return PyBool_FromLong(kucomms_channel_has_turn(self->channel));
+}
+
 static PyObject *channel_get_owing(ChannelObject *self, void *unused)
 {
 	(void)unused;
@@ -1490,6 +1555,7 @@ static PyMethodDef channel_methods[] = {
 	METHOD("attach", channel_attach, METH_O, channel_attach_doc),
 	METHOD("mute", channel_mute, METH_NOARGS, channel_mute_doc),
 	METHOD("on_room", channel_on_room, METH_O, channel_on_room_doc),
+	METHOD("expect", channel_expect, METH_O, channel_expect_doc),
 	METHOD("send", channel_send, METH_FASTCALL, channel_send_doc),
 	METHOD("send_paced", channel_send_paced, METH_FASTCALL,
 	       channel_send_paced_doc),
@@ -1525,6 +1591,8 @@ static PyGetSetDef channel_getset[] = {
 	GETTER(may_receive, "OK, CLOSED, WRONG_THREAD or FORKED"),
 	GETTER(peer_state, "what the peer says of itself: 0 open"),
 	GETTER(peer_starves, "after parking: the peer waits for what is borrowed"),
+	GETTER(turns, "whether only one side may send at a time"),
+	GETTER(has_turn, "whether this side may send"),
 	GETTER(owing, "after receiving lazily: wake_producer() is to be called"),
 	GETTER(tx_avail, "bytes sent and not yet released by the peer"),
 	GETTER(tx_free, "bytes that can be sent now, headers included"),
@@ -1573,25 +1641,28 @@ static PyType_Spec channel_spec = {
 /* ---- module -------------------------------------------------------------- */
 
 PyDoc_STRVAR(configure_doc,
-"configure(message_type, coroutine_type)\n\nThe class of received messages: called\n"
-"with data, type, id, user_value, which are its attributes as well; and that of\n"
-"what calling a coroutine function gives.");
+"configure(message_type, token_type, coroutine_type)\n\nThe class of received messages:\n"
+"called with data, type, id, user_value, which are its attributes as well; that of\n"
+"tokens, a subclass; and that of what calling a coroutine function gives.");
 
 static PyObject *configure(PyObject *module, PyObject *const *args,
 			   Py_ssize_t nargs)
 {
 	struct module_state *state = PyModule_GetState(module);
 
-	if (check_args("configure", nargs, 2))
+	if (check_args("configure", nargs, 3))
 		return NULL;
-	if (!PyType_Check(args[0]) || !PyType_Check(args[1])) {
+	if (!PyType_Check(args[0]) || !PyType_Check(args[1]) ||
+	    !PyType_Check(args[2])) {
 		PyErr_SetString(PyExc_TypeError, "not a type");
 		return NULL;
 	}
 	Py_XDECREF(state->message_type);
+	Py_XDECREF(state->token_type);
 	Py_XDECREF(state->coroutine_type);
 	state->message_type = (PyTypeObject *)Py_NewRef(args[0]);
-	state->coroutine_type = (PyTypeObject *)Py_NewRef(args[1]);
+	state->token_type = (PyTypeObject *)Py_NewRef(args[1]);
+	state->coroutine_type = (PyTypeObject *)Py_NewRef(args[2]);
 	Py_RETURN_NONE;
 }
 
@@ -1788,7 +1859,10 @@ static int module_exec(PyObject *module)
 		{ "TOO_MANY_LOANS", TOO_MANY_LOANS },
 		{ "PAUSE", PAUSE },
 		{ "MORE", MORE },
+		{ "OUT_OF_TURN", OUT_OF_TURN },
+		{ "NO_TOKEN", NO_TOKEN },
 		{ "FLAG_REPLY", KUCOMMS_FLAG_REPLY },
+		{ "FLAG_TOKEN", KUCOMMS_FLAG_TOKEN },
 		{ "STATE_OPEN", KUCOMMS_STATE_OPEN },
 		{ "STATE_CLOSED", KUCOMMS_STATE_CLOSED },
 		{ "STATE_SHUTDOWN", KUCOMMS_STATE_SHUTDOWN },
@@ -1830,6 +1904,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 	Py_VISIT(state->reservation_type);
 	Py_VISIT(state->borrow_type);
 	Py_VISIT(state->message_type);
+	Py_VISIT(state->token_type);
 	Py_VISIT(state->coroutine_type);
 	return 0;
 }
@@ -1842,6 +1917,7 @@ static int module_clear(PyObject *module)
 	Py_CLEAR(state->reservation_type);
 	Py_CLEAR(state->borrow_type);
 	Py_CLEAR(state->message_type);
+	Py_CLEAR(state->token_type);
 	Py_CLEAR(state->coroutine_type);
 	Py_CLEAR(state->name_data);
 	Py_CLEAR(state->name_type);

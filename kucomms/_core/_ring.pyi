@@ -13,13 +13,16 @@ FORKED: int
 TOO_MANY_LOANS: int
 PAUSE: int
 MORE: int
+OUT_OF_TURN: int
+NO_TOKEN: int
 FLAG_REPLY: int
+FLAG_TOKEN: int
 STATE_OPEN: int
 STATE_CLOSED: int
 STATE_SHUTDOWN: int
 HEADER_SIZE: int
 
-def configure(message_type: type, coroutine_type: type, /) -> None: ...
+def configure(message_type: type, token_type: type, coroutine_type: type, /) -> None: ...
 def ring_socket(fd: int, /) -> int: ...
 def ring_device(fd: int, /) -> int: ...
 def drain_socket(fd: int, /) -> int: ...
@@ -43,6 +46,8 @@ class Channel:
     may_receive: int
     peer_state: int
     peer_starves: bool
+    turns: bool
+    has_turn: bool
     owing: bool
     calls: int
     polls_hit: int
@@ -57,6 +62,7 @@ class Channel:
     def __new__(cls, address: int, /) -> Channel: ...
     def attach(self, doorbell: Callable[[], object] | int, /) -> None: ...
     def mute(self) -> None: ...
+    def expect(self, requests: dict[int, Any], /) -> None: ...
     def on_room(self, callback: Callable[[], object], /) -> None: ...
     def send(
         self, data: Any, type: int | None, id: int | None, user_value: int | None, /

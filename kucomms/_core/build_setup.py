@@ -18,6 +18,7 @@ ffi.cdef("""
     #define KUCOMMS_MAGIC ...
     #define KUCOMMS_ABI_VERSION ...
     #define KUCOMMS_FEATURES ...
+    #define KUCOMMS_FEATURE_TURNS ...
     #define KUCOMMS_NAME_MAX ...
     #define KUCOMMS_HELLO_MAX ...
     #define KUCOMMS_SETUP_NUMBER ...
@@ -71,7 +72,8 @@ ffi.cdef("""
     int setup_shm_create(const char *name);
     int setup_shm_unlink(const char *name);
     struct kucomms_channel *setup_channel_new(uint32_t own, uint64_t ring_size,
-                                              int fd, uint64_t offset, int *err);
+                                              uint64_t features, int fd,
+                                              uint64_t offset, int *err);
     int kucomms_channel_attach(struct kucomms_channel *channel, int fd,
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
@@ -142,8 +144,8 @@ ffi.set_source(
     }
 
     static struct kucomms_channel *
-    setup_channel_new(uint32_t own, uint64_t ring_size, int fd,
-                      uint64_t offset, int *err)
+    setup_channel_new(uint32_t own, uint64_t ring_size, uint64_t features,
+                      int fd, uint64_t offset, int *err)
     {
         struct kucomms_channel *channel = malloc(sizeof(*channel));
 
@@ -151,7 +153,8 @@ ffi.set_source(
             *err = -ENOMEM;
             return NULL;
         }
-        *err = kucomms_channel_init(channel, own, ring_size, fd, offset);
+        *err = kucomms_channel_init(channel, own, ring_size, features, fd,
+                                    offset);
         if (*err) {
             free(channel);
             return NULL;

@@ -92,6 +92,12 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_links: int
     allow: frozenset[int]
     hello: bytes
+    turns: bool = False
+
+    @property
+    def features(self) -> int:
+        """The features in force on the links, KUCOMMS_FEATURE_..."""
+        return int(_core.lib.KUCOMMS_FEATURE_TURNS) if self.turns else 0
 
     def agree(self, wanted: int) -> int:
         """The ring size for a peer that wants ``wanted`` bytes (0: no wish)."""

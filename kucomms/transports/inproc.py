@@ -216,9 +216,10 @@ def _make_pair(
         try:
             os.posix_fallocate(fd, 0, 2 * side)
             for own in (0, 1):
-                halves.append(_core.HalfChannel(url, own, ring_size, fd, own * side))
+                half = _core.HalfChannel(url, own, ring_size, fd, own * side, options.features)
+                halves.append(half)
             listener, connector = (
-                half.attach(fd, (1 - own) * side) for own, half in enumerate(halves)
+                made.attach(fd, (1 - own) * side) for own, made in enumerate(halves)
             )
         finally:
             os.close(fd)

@@ -163,14 +163,15 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
         if number:
             raise _refused(address, number, record)
         ring_size = int(record.ring_size)
-        if record.side_size != _core.side_size(ring_size):
+        features = int(record.features)
+        if record.side_size != _core.side_size(ring_size) or features & ~lib.KUCOMMS_FEATURES:
             raise VersionError(
                 f"{url}: the module lays its memory out otherwise than this version of kucomms; "
                 "use the same version of both"
             )
         # An epoll that was told before the set-up would not hear of what comes after it.
         epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
-        half = _core.HalfChannel(url, 1, ring_size, fd, int(record.side_offset[1]))
+        half = _core.HalfChannel(url, 1, ring_size, fd, int(record.side_offset[1]), features)
         channel = half.attach(fd, int(record.side_offset[0]))
     except BaseException as error:
         if half is not None:

@@ -214,6 +214,15 @@ def _check_record(url: str, data: bytes, step: int) -> Any:
     return record
 
 
+def _check_offer(url: str, offered: int, needed: int) -> None:
+    """Raises when the peer that connects does not know all features that are to be in force."""
+    if needed & ~offered:
+        raise VersionError(
+            f"{url}: the links of this listener have turns, and the other side does not know those "
+            "(its kucomms is older, or not complete); use the same version on both sides"
+        )
+
+
 def _hello_of(record: Any) -> bytes:
     return bytes(record.hello[0 : record.hello_length])
 
@@ -609,6 +618,7 @@ class ShmListener(Listener):
                 wanted = await _receive_record(
                     url, sock, pidfd, lib.KUCOMMS_STEP_HELLO, [], most=0, ended=self._ended
                 )
+                _check_offer(url, wanted.features, self._options.features)
             except VersionError:
                 self._refuse(sock, lib.KUCOMMS_REFUSED_VERSION)
                 raise
@@ -627,7 +637,7 @@ class ShmListener(Listener):
                     go_on = partial(self._check_wanted, sock)
                     fd = await _new_memory(url, size, sealed=not own, go_on=go_on)
                     fds.append(fd)
-                half = _core.HalfChannel(url, 0, ring_size, fd, 0)
+                half = _core.HalfChannel(url, 0, ring_size, fd, 0, self._options.features)
                 if not own:
                     _seal(fd)
             except OSError as error:
@@ -646,6 +656,7 @@ class ShmListener(Listener):
                 _record(
                     lib.KUCOMMS_STEP_SETUP,
                     hello=self._options.hello,
+                    features=self._options.features,
                     ring_size=ring_size,
                     flags=flags,
                 ),
@@ -783,7 +794,7 @@ async def _attach(
         most = 1 if foreign else _SETUP_FILES
         setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds, most=most)
         _check_status(url, setup.status)
-        ring_size = int(setup.ring_size)
+        ring_size, features = int(setup.ring_size), int(setup.features)
         if not _is_ring_size(ring_size):
             raise ProtocolError(f"{url}: the other side says that the ring has {ring_size} bytes")
         limit = options.most(own=not foreign)
@@ -808,10 +819,10 @@ async def _attach(
             go_on = partial(_check_there, url, sock)
             mine = [await _new_memory(url, side, sealed=True, go_on=go_on)]
             fds.extend(mine)
-            half = _core.HalfChannel(url, 1, ring_size, mine[0], 0)
+            half = _core.HalfChannel(url, 1, ring_size, mine[0], 0, features)
             _seal(mine[0])
         else:
-            half = _core.HalfChannel(url, 1, ring_size, theirs, side)
+            half = _core.HalfChannel(url, 1, ring_size, theirs, side, features)
         channel = half.attach(theirs, 0)
         _send_record(url, sock, _record(lib.KUCOMMS_STEP_ATTACH, ring_size=ring_size), mine)
         peer = Peer(pid=pid, uid=uid, hello=_hello_of(setup))
@@ -838,7 +849,8 @@ def _check_status(url: str, status: int) -> None:
     if status == lib.KUCOMMS_REFUSED_VERSION:
         raise VersionError(
             f"{url}: the listener does not speak version {lib.KUCOMMS_ABI_VERSION} of the kucomms "
-            "ABI; use the same version on both sides"
+            "ABI, or its links have features that this side does not know; use the same version on "
+            "both sides"
         )
     if status == lib.KUCOMMS_REFUSED_MEMORY:
         raise TransportError(

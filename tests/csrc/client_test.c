@@ -5,6 +5,7 @@
  * to $XDG_RUNTIME_DIR, which must be empty before and is after.
  */
 #define _GNU_SOURCE
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -821,7 +822,7 @@ static const struct mistake mistakes[] = {
 	{ AT(magic) + 7, 1, -EPROTO },
 	{ AT(version), 2, -EPROTONOSUPPORT },
 	{ AT(step), 4, -EPROTO },
-	{ AT(features), 1, -EPROTONOSUPPORT },
+	{ AT(features), 2, -EPROTONOSUPPORT },
 	{ AT(features) + 7, 1, -EPROTONOSUPPORT },
 	{ AT(flags), 4, -EPROTO },
 	{ AT(flags) + 3, 128, -EPROTO },
@@ -920,7 +921,7 @@ static int answer_file(const struct answer *answer)
 	CHECK(fd >= 0);
 	CHECK(!ftruncate(fd, (off_t)answer->file_size));
 	kucomms_geometry_fill(&geometry, answer->side,
-			      answer->record.ring_size);
+			      answer->record.ring_size, 0);
 	CHECK(pwrite(fd, &geometry, sizeof(geometry), 0) ==
 	      (ssize_t)sizeof(geometry));
 	return fd;
@@ -1014,6 +1015,7 @@ static void test_hostile_setup(void)
 	CHECK(!fcntl(listener.socket, F_SETFL, 0));
 	memset(&good, 0, sizeof(good));
 	kucomms_record_fill(&good.record, KUCOMMS_STEP_SETUP, 65536);
+	good.record.features = 0;
 	good.file_size = 2 * kucomms_side_size(65536);
 	good.files = 1;
 
@@ -1045,6 +1047,10 @@ static void test_hostile_setup(void)
 	bad = good;
 	bad.side = 1;
 	expect_answer_refused(&listener, &bad, -EPROTO);
+	/* Turns are announced, the memory says otherwise. */
+	bad = good;
+	bad.record.features = KUCOMMS_FEATURE_TURNS;
+	expect_answer_refused(&listener, &bad, -EPROTO);
 	/* The memory is too small, too large; the ring is no ring. */
 	bad = good;
 	bad.file_size--;
@@ -1068,6 +1074,169 @@ static void test_hostile_setup(void)
 	bad.asked = 1;
 	expect_answer_refused(&listener, &bad, -EPROTO);
 	kucomms_listener_close(&listener);
+}
+
+/* ---- turns ------------------------------------------------------------------- */
+
+static void turns_open(struct pair *pair)
+{
+	pthread_t thread;
+
+	memset(pair, 0, sizeof(*pair));
+	CHECK(!kucomms_listener_open(&pair->listener, URL, 0));
+	pair->listener.features = KUCOMMS_FEATURE_TURNS;
+	CHECK(!pthread_create(&thread, NULL, connect_b, pair));
+	CHECK(!kucomms_listener_accept(&pair->listener, &pair->a, 5000));
+	CHECK(!pthread_join(thread, NULL));
+	CHECK(!pair->err);
+	CHECK(kucomms_client_has_turns(&pair->a));
+	CHECK(kucomms_client_has_turns(&pair->b));
+	CHECK(!kucomms_client_has_turn(&pair->a));
+	CHECK(kucomms_client_has_turn(&pair->b));
+}
+
+enum { ROUNDS = 1000 };
+
+/* Adds one to each number, and answers before it lets go of it; at last a token. */
+static void *count_on(void *argument)
+{
+	struct kucomms_client *client = argument;
+	struct kucomms_view view;
+	uint64_t number;
+	int round;
+
+	for (round = 0; round < ROUNDS; round++) {
+		CHECK(!kucomms_client_has_turn(client));
+		CHECK(!kucomms_client_receive(client, &view, 20000));
+		CHECK(kucomms_client_has_turn(client));
+		memcpy(&number, view.data, sizeof(number));
+		number++;
+		CHECK(!kucomms_client_reply(client, &view, &number,
+					    sizeof(number), 20000));
+		CHECK(!kucomms_client_has_turn(client));
+		CHECK(send_text(client, "again", 0) == -EPERM);
+		/* The same one, and no turn with it. */
+		CHECK(!kucomms_client_receive(client, &view, 0));
+		CHECK(!kucomms_client_has_turn(client));
+		kucomms_client_release(client, &view);
+	}
+	CHECK(!kucomms_client_receive(client, &view, 20000));
+	CHECK(view.flags == KUCOMMS_FLAG_TOKEN && !view.length);
+	kucomms_client_release(client, &view);
+	CHECK(!kucomms_client_pass_turn(client, 0));
+	return NULL;
+}
+
+static void test_turns(void)
+{
+	struct kucomms_view view;
+	static struct pair pair;
+	uint64_t number = 0;
+	pthread_t thread;
+	int round;
+
+	turns_open(&pair);
+	CHECK(send_text(&pair.a, "first", -1) == -EPERM);
+	CHECK(kucomms_client_pass_turn(&pair.a, -1) == -EPERM);
+	CHECK(!pthread_create(&thread, NULL, count_on, &pair.a));
+	for (round = 0; round < ROUNDS; round++) {
+		CHECK(!kucomms_client_send(&pair.b, &number, sizeof(number), 0,
+					   0, 0, 20000));
+		/* Not before it is received, also when it has long arrived. */
+		while (!kucomms_channel_rx_avail(&pair.b.channel))
+			sched_yield();
+		CHECK(!kucomms_client_has_turn(&pair.b));
+		CHECK(send_text(&pair.b, "again", -1) == -EPERM);
+		CHECK(!kucomms_client_receive(&pair.b, &view, 20000));
+		CHECK(kucomms_client_has_turn(&pair.b));
+		memcpy(&number, view.data, sizeof(number));
+		kucomms_client_release(&pair.b, &view);
+		CHECK(kucomms_client_has_turn(&pair.b));
+		CHECK(number == (uint64_t)round + 1);
+	}
+	CHECK(!kucomms_client_pass_turn(&pair.b, 0));
+	CHECK(!kucomms_client_receive(&pair.b, &view, 20000));
+	CHECK(view.flags == KUCOMMS_FLAG_TOKEN);
+	kucomms_client_release(&pair.b, &view);
+	CHECK(!pthread_join(thread, NULL));
+	CHECK(kucomms_client_has_turn(&pair.b));
+	pair_close(&pair);
+}
+
+/* Messages that are held, and none at all where there are no turns. */
+static void test_turns_held(void)
+{
+	struct kucomms_pin pins[3];
+	struct kucomms_view view;
+	static struct pair pair;
+	int i;
+
+	turns_open(&pair);
+	for (i = 0; i < 3; i++) {
+		CHECK(!send_text(&pair.b, "held", 0));
+		CHECK(!kucomms_client_receive(&pair.a, &view, 0));
+		kucomms_client_hold(&pair.a, &view, &pins[i]);
+		CHECK(kucomms_client_has_turn(&pair.a));
+		CHECK(!kucomms_client_pass_turn(&pair.a, 0));
+		CHECK(!kucomms_client_receive(&pair.b, &view, 0));
+		kucomms_client_release(&pair.b, &view);
+	}
+	for (i = 0; i < 3; i++)
+		kucomms_client_let_go(&pair.a, &pins[i]);
+	/* It dies with the turn: an end as any other. */
+	kucomms_client_close(&pair.b);
+	CHECK(receive_nothing(&pair.a, 5000) == -EPIPE);
+	CHECK(send_text(&pair.a, "x", 0) == -EPIPE);
+	CHECK(kucomms_client_pass_turn(&pair.b, 0) == -EBADF);
+	pair_close(&pair);
+
+	pair_open(&pair, 0, 0);
+	CHECK(!kucomms_client_has_turns(&pair.a));
+	CHECK(kucomms_client_has_turn(&pair.a));
+	CHECK(kucomms_client_has_turn(&pair.b));
+	CHECK(kucomms_client_pass_turn(&pair.b, 0) == -EINVAL);
+	CHECK(!send_text(&pair.b, "one", 0) && !send_text(&pair.b, "two", 0));
+	pair_close(&pair);
+}
+
+/* A peer of a kind that does not know turns is told that this is no use. */
+static void test_turns_unknown(void)
+{
+	struct kucomms_rendezvous record;
+	struct kucomms_listener listener;
+	struct kucomms_client client;
+	int fd;
+
+	CHECK(!kucomms_listener_open(&listener, URL, 0));
+	listener.features = KUCOMMS_FEATURE_TURNS;
+	fd = raw_connect();
+	kucomms_record_fill(&record, KUCOMMS_STEP_HELLO, 0);
+	record.features = 0;
+	CHECK(write(fd, &record, sizeof(record)) == (ssize_t)sizeof(record));
+	CHECK(kucomms_listener_accept(&listener, &client, 0) == -EAGAIN);
+	CHECK(listener.dropped == 1);
+	CHECK(recv(fd, &record, sizeof(record), MSG_WAITALL) ==
+	      (ssize_t)sizeof(record));
+	CHECK(record.status == KUCOMMS_REFUSED_VERSION);
+	CHECK(record.features == KUCOMMS_FEATURES);
+	close(fd);
+	kucomms_listener_close(&listener);
+}
+
+/* It sends when it likes: the link is of no more use. */
+static void test_hostile_turns(void)
+{
+	struct kucomms_view view;
+	static struct pair pair;
+
+	turns_open(&pair);
+	pair.b.channel.turn = KUCOMMS_TURN_ANY;
+	CHECK(!send_text(&pair.b, "one", 0) && !send_text(&pair.b, "two", 0));
+	CHECK(!kucomms_client_receive(&pair.a, &view, 0));
+	kucomms_client_release(&pair.a, &view);
+	CHECK(receive_nothing(&pair.a, 0) == -EPROTO);
+	CHECK(send_text(&pair.a, "x", 0) == -EPROTO);
+	pair_close(&pair);
 }
 
 static const struct {
@@ -1102,6 +1271,10 @@ static const struct {
 	{ "hostile_hello", test_hostile_hello },
 	{ "hostile_silence", test_hostile_silence },
 	{ "hostile_setup", test_hostile_setup },
+	{ "turns", test_turns },
+	{ "turns_held", test_turns_held },
+	{ "turns_unknown", test_turns_unknown },
+	{ "hostile_turns", test_hostile_turns },
 };
 
 int main(void)

@@ -31,7 +31,7 @@ struct pair {
 	unsigned char *raw;		/* the whole file, writable */
 };
 
-static void pair_open(struct pair *pair, uint64_t asked)
+static void pair_open_with(struct pair *pair, uint64_t asked, uint64_t features)
 {
 	int fd;
 
@@ -44,11 +44,17 @@ static void pair_open(struct pair *pair, uint64_t asked)
 	pair->raw = mmap(NULL, 2 * pair->side, PROT_READ | PROT_WRITE,
 			 MAP_SHARED, fd, 0);
 	CHECK(pair->raw != MAP_FAILED);
-	CHECK(!kucomms_channel_init(&pair->a, 0, pair->size, fd, 0));
-	CHECK(!kucomms_channel_init(&pair->b, 1, pair->size, fd, pair->side));
+	CHECK(!kucomms_channel_init(&pair->a, 0, pair->size, features, fd, 0));
+	CHECK(!kucomms_channel_init(&pair->b, 1, pair->size, features, fd,
+				    pair->side));
 	CHECK(!kucomms_channel_attach(&pair->a, fd, pair->side));
 	CHECK(!kucomms_channel_attach(&pair->b, fd, 0));
 	close(fd);
+}
+
+static void pair_open(struct pair *pair, uint64_t asked)
+{
+	pair_open_with(pair, asked, 0);
 }
 
 static void pair_close(struct pair *pair)
@@ -1077,6 +1083,181 @@ static void test_hostile_consumer_passes_loan(void)
 	pair_close(&pair);
 }
 
+/* ---- turns ------------------------------------------------------------------- */
+
+static void expect_turn(struct pair *pair, const struct kucomms_channel *whose)
+{
+	CHECK(kucomms_channel_has_turn(&pair->a) == (whose == &pair->a));
+	CHECK(kucomms_channel_has_turn(&pair->b) == (whose == &pair->b));
+}
+
+static void turns_open(struct pair *pair, uint64_t asked)
+{
+	pair_open_with(pair, asked, KUCOMMS_FEATURE_TURNS);
+	CHECK(kucomms_channel_has_turns(&pair->a));
+	CHECK(kucomms_channel_has_turns(&pair->b));
+	expect_turn(pair, &pair->b);	/* who connects begins */
+}
+
+static int send_one(struct kucomms_channel *channel, uint32_t flags)
+{
+	return kucomms_channel_send(channel, "one", flags ? 0 : 3, flags, 1, 2,
+				    3);
+}
+
+static void receive_one(struct kucomms_channel *channel, uint32_t flags)
+{
+	struct kucomms_view view;
+
+	CHECK(!kucomms_channel_peek(channel, &view));
+	CHECK(view.flags == flags && view.length == (flags ? 0 : 3));
+	/* To look is not to receive. */
+	CHECK(!kucomms_channel_has_turn(channel));
+	kucomms_channel_advance(channel, &view);
+	CHECK(kucomms_channel_has_turn(channel));
+	kucomms_channel_release(channel);
+}
+
+static void test_turns(void)
+{
+	static unsigned char large[KUCOMMS_PUT_MAX + 1];
+	struct kucomms_frame *frame;
+	struct kucomms_view view;
+	struct kucomms_pin pin;
+	struct pair pair;
+	int round;
+
+	turns_open(&pair, 65536);
+	for (round = 0; round < 1000; round++) {
+		CHECK(send_one(&pair.a, 0) == -EPERM);
+		CHECK(send_one(&pair.b, 0) >= 0);
+		/* It is nobody's as long as it is on its way. */
+		expect_turn(&pair, NULL);
+		CHECK(send_one(&pair.b, 0) == -EPERM);
+		CHECK(send_one(&pair.a, 0) == -EPERM);
+		receive_one(&pair.a, 0);
+		expect_turn(&pair, &pair.a);
+		CHECK(send_one(&pair.a, KUCOMMS_FLAG_TOKEN) >= 0);
+		receive_one(&pair.b, KUCOMMS_FLAG_TOKEN);
+	}
+	/* Also one that is copied without the lock, and one that is borrowed. */
+	CHECK(kucomms_channel_send(&pair.b, large, sizeof(large), 0, 1, 2,
+				   3) >= 0);
+	expect_turn(&pair, NULL);
+	CHECK(kucomms_channel_send(&pair.b, large, sizeof(large), 0, 1, 2,
+				   3) == -EPERM);
+	CHECK(!kucomms_channel_peek(&pair.a, &view));
+	kucomms_channel_borrow(&pair.a, &view, &pin);
+	expect_turn(&pair, &pair.a);
+	/* A loan takes the turn, and gives it back when it is dropped. */
+	CHECK(!kucomms_channel_reserve(&pair.a, 8, &frame, NULL));
+	expect_turn(&pair, NULL);
+	CHECK(kucomms_channel_reserve(&pair.a, 8, &frame, NULL) == -EPERM);
+	kucomms_channel_discard(&pair.a, frame, 8);
+	expect_turn(&pair, &pair.a);
+	CHECK(!kucomms_channel_reserve(&pair.a, 8, &frame, NULL));
+	kucomms_ring_commit(frame, 8, 0);
+	expect_turn(&pair, NULL);
+	CHECK(!kucomms_channel_peek(&pair.b, &view) && view.length == 8);
+	kucomms_channel_advance(&pair.b, &view);
+	expect_turn(&pair, &pair.b);
+	kucomms_channel_unpin_rx(&pin);
+	CHECK(!pair.a.protocol_errors && !pair.b.protocol_errors);
+	pair_close(&pair);
+}
+
+/* No room, or never: the turn stays. */
+static void test_turn_when_full(void)
+{
+	static unsigned char data[65536];
+	struct kucomms_view view;
+	struct kucomms_pin pin;
+	struct pair pair;
+
+	turns_open(&pair, 0);
+	CHECK(kucomms_channel_send(&pair.b, data, (uint32_t)pair.size, 0, 0, 0,
+				   0) == -EMSGSIZE);
+	expect_turn(&pair, &pair.b);
+	CHECK(kucomms_channel_send(&pair.b, data, (uint32_t)pair.size - 64, 0,
+				   0, 0, 0) >= 0);
+	CHECK(!kucomms_channel_peek(&pair.a, &view));
+	kucomms_channel_borrow(&pair.a, &view, &pin);
+	CHECK(send_one(&pair.a, KUCOMMS_FLAG_TOKEN) >= 0);
+	receive_one(&pair.b, KUCOMMS_FLAG_TOKEN);
+	CHECK(send_one(&pair.b, 0) == -EAGAIN);
+	expect_turn(&pair, &pair.b);
+	kucomms_channel_unpin_rx(&pin);
+	kucomms_channel_release(&pair.a);
+	CHECK(send_one(&pair.b, 0) >= 0);
+	receive_one(&pair.a, 0);
+	pair_close(&pair);
+}
+
+/* Who takes the turn at a look has it once, however often he looks. */
+static void test_turn_at_a_look(void)
+{
+	struct kucomms_view view;
+	struct pair pair;
+
+	turns_open(&pair, 0);
+	CHECK(send_one(&pair.b, 0) >= 0);
+	CHECK(!kucomms_channel_peek(&pair.a, &view));
+	kucomms_channel_take_turn(&pair.a);
+	CHECK(!kucomms_channel_peek(&pair.a, &view));
+	expect_turn(&pair, &pair.a);
+	CHECK(send_one(&pair.a, 0) >= 0);
+	CHECK(!kucomms_channel_peek(&pair.a, &view));
+	kucomms_channel_take_turn(&pair.a);
+	expect_turn(&pair, NULL);
+	/* The answer is there, and the message that it answers still is. */
+	receive_one(&pair.b, 0);
+	CHECK(send_one(&pair.b, 0) >= 0);
+	CHECK(!kucomms_channel_peek(&pair.a, &view));
+	kucomms_channel_advance(&pair.a, &view);
+	expect_turn(&pair, NULL);
+	receive_one(&pair.a, 0);
+	pair_close(&pair);
+}
+
+static void test_hostile_turns(void)
+{
+	struct kucomms_view view;
+	struct pair pair;
+
+	/* A peer that does as if it knew nothing of turns sends twice. */
+	turns_open(&pair, 0);
+	pair.b.turn = KUCOMMS_TURN_ANY;
+	CHECK(send_one(&pair.b, 0) >= 0 && send_one(&pair.b, 0) >= 0);
+	receive_one(&pair.a, 0);
+	CHECK(kucomms_channel_peek(&pair.a, &view) == -EPROTO);
+	pair_close(&pair);
+
+	/* It sends first, though we begin. */
+	turns_open(&pair, 0);
+	pair.a.turn = KUCOMMS_TURN_ANY;
+	CHECK(send_one(&pair.a, 0) >= 0);
+	CHECK(kucomms_channel_peek(&pair.b, &view) == -EPROTO);
+	pair_close(&pair);
+
+	/* Tokens with data, as replies, and where there are no turns. */
+	turns_open(&pair, 0);
+	CHECK(kucomms_channel_send(&pair.b, "x", 1, KUCOMMS_FLAG_TOKEN, 0, 0,
+				   0) >= 0);
+	CHECK(kucomms_channel_peek(&pair.a, &view) == -EPROTO);
+	pair_close(&pair);
+	turns_open(&pair, 0);
+	CHECK(send_one(&pair.b, KUCOMMS_FLAG_TOKEN | KUCOMMS_FLAG_REPLY) >= 0);
+	CHECK(kucomms_channel_peek(&pair.a, &view) == -EPROTO);
+	pair_close(&pair);
+	pair_open(&pair, 0);
+	CHECK(!kucomms_channel_has_turns(&pair.a));
+	CHECK(kucomms_channel_has_turn(&pair.a));
+	CHECK(send_one(&pair.b, KUCOMMS_FLAG_TOKEN) >= 0);
+	CHECK(kucomms_channel_peek(&pair.a, &view) == -EPROTO);
+	CHECK(pair.a.protocol_errors == 1);
+	pair_close(&pair);
+}
+
 /* ---- set-up ------------------------------------------------------------------ */
 
 static void test_geometry(void)
@@ -1087,19 +1268,25 @@ static void test_geometry(void)
 	size_t i;
 	int bit;
 
-	kucomms_geometry_fill(&good, 1, 8192);
-	CHECK(!kucomms_geometry_check(&good, 1, 8192));
-	CHECK(kucomms_geometry_check(&good, 0, 8192) == -EPROTO);
-	CHECK(kucomms_geometry_check(&good, 1, 4096) == -EPROTO);
+	kucomms_geometry_fill(&good, 1, 8192, 0);
+	CHECK(!kucomms_geometry_check(&good, 1, 8192, 0));
+	CHECK(kucomms_geometry_check(&good, 0, 8192, 0) == -EPROTO);
+	CHECK(kucomms_geometry_check(&good, 1, 4096, 0) == -EPROTO);
 	bad = good;
 	bad.magic++;
-	CHECK(kucomms_geometry_check(&bad, 1, 8192) == -EPROTO);
+	CHECK(kucomms_geometry_check(&bad, 1, 8192, 0) == -EPROTO);
 	bad = good;
 	bad.version++;
-	CHECK(kucomms_geometry_check(&bad, 1, 8192) == -EPROTONOSUPPORT);
+	CHECK(kucomms_geometry_check(&bad, 1, 8192, 0) == -EPROTONOSUPPORT);
 	bad = good;
 	bad.features = 1ULL << 40;
-	CHECK(kucomms_geometry_check(&bad, 1, 8192) == -EPROTONOSUPPORT);
+	CHECK(kucomms_geometry_check(&bad, 1, 8192, 0) == -EPROTONOSUPPORT);
+	/* What we know, and what was not agreed on. */
+	CHECK(kucomms_geometry_check(&good, 1, 8192, KUCOMMS_FEATURE_TURNS) ==
+	      -EPROTO);
+	bad.features = KUCOMMS_FEATURE_TURNS;
+	CHECK(kucomms_geometry_check(&bad, 1, 8192, 0) == -EPROTO);
+	CHECK(!kucomms_geometry_check(&bad, 1, 8192, KUCOMMS_FEATURE_TURNS));
 	/* Each bit of it counts. */
 	for (i = 0; i < words; i++) {
 		for (bit = 0; bit < 64; bit++) {
@@ -1107,7 +1294,7 @@ static void test_geometry(void)
 			memcpy(&word, (char *)&bad + 8 * i, 8);
 			word ^= 1ULL << bit;
 			memcpy((char *)&bad + 8 * i, &word, 8);
-			CHECK(kucomms_geometry_check(&bad, 1, 8192));
+			CHECK(kucomms_geometry_check(&bad, 1, 8192, 0));
 		}
 	}
 }
@@ -1122,7 +1309,7 @@ static void test_attach_refused(void)
 	fd = memfd_create("ring_test", MFD_CLOEXEC);
 	CHECK(fd >= 0);
 	CHECK(!ftruncate(fd, (off_t)(2 * side)));
-	CHECK(!kucomms_channel_init(&channel, 0, page, fd, 0));
+	CHECK(!kucomms_channel_init(&channel, 0, page, 0, fd, 0));
 	/* The other side has not written anything yet. */
 	CHECK(kucomms_channel_attach(&channel, fd, side) == -EPROTO);
 	/* Our own pages are not the other side's. */
@@ -1130,7 +1317,7 @@ static void test_attach_refused(void)
 	CHECK(!channel.side[1].control && !channel.side[1].data);
 	CHECK(kucomms_channel_attach(&channel, -1, side) == -EBADF);
 	kucomms_channel_destroy(&channel);
-	CHECK(kucomms_channel_init(&channel, 0, page, -1, 0) == -EBADF);
+	CHECK(kucomms_channel_init(&channel, 0, page, 0, -1, 0) == -EBADF);
 	close(fd);
 }
 
@@ -1201,6 +1388,10 @@ static const struct {
 	{ "hostile_after_the_end", test_hostile_after_the_end },
 	{ "hostile_consumer", test_hostile_consumer },
 	{ "hostile_consumer_passes_loan", test_hostile_consumer_passes_loan },
+	{ "turns", test_turns },
+	{ "turn_when_full", test_turn_when_full },
+	{ "turn_at_a_look", test_turn_at_a_look },
+	{ "hostile_turns", test_hostile_turns },
 	{ "geometry", test_geometry },
 	{ "attach_refused", test_attach_refused },
 	{ "protection", test_protection },

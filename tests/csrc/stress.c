@@ -11,6 +11,9 @@
  * What is checked: each sender's messages come in order, whole, once; borrowed
  * ones do not change; after an orderly close all of them were there.
  *
+ * Then the same channel with turns: on each side two threads send whenever they can,
+ * and never more than one message goes before one comes.
+ *
  * The thread sanitizer knows memory by its address. So for it both sides use
  * the same mapping, or it would see no two threads at one place.
  */
@@ -418,7 +421,8 @@ static void *receive_all(void *argument)
 
 /* ---- the whole -------------------------------------------------------------- */
 
-static void channels_open(struct kucomms_channel *a, struct kucomms_channel *b)
+static void channels_open(struct kucomms_channel *a, struct kucomms_channel *b,
+			  uint64_t features)
 {
 	uint64_t size = kucomms_ring_size(RING_SIZE);
 	uint64_t side = kucomms_side_size(size);
@@ -426,8 +430,8 @@ static void channels_open(struct kucomms_channel *a, struct kucomms_channel *b)
 
 	CHECK(fd >= 0);
 	CHECK(!ftruncate(fd, (off_t)(2 * side)));
-	CHECK(!kucomms_channel_init(a, 0, size, fd, 0));
-	CHECK(!kucomms_channel_init(b, 1, size, fd, side));
+	CHECK(!kucomms_channel_init(a, 0, size, features, fd, 0));
+	CHECK(!kucomms_channel_init(b, 1, size, features, fd, side));
 	CHECK(!kucomms_channel_attach(a, fd, side));
 	CHECK(!kucomms_channel_attach(b, fd, 0));
 	close(fd);
@@ -443,6 +447,101 @@ static void same_mapping(struct kucomms_channel *reader,
 	reader->tx.peer = writer->rx.own;
 }
 #endif
+
+/* ---- turns ------------------------------------------------------------------ */
+
+#define ROUNDS	3000
+
+struct player {
+	struct kucomms_channel *channel;
+	uint64_t received;	/* how many; the receiver's thread */
+	uint64_t begun;		/* the same to be sent, by both senders; atomic */
+};
+
+/* By a copy, a loan, or a loan that is dropped and gives the turn back. */
+static int send_if_ours(struct kucomms_channel *channel, unsigned int *how)
+{
+	struct kucomms_frame *frame;
+	int err;
+
+	if (++*how % 2) {
+		err = kucomms_channel_send(channel, how, sizeof(*how), 0, 0, 0,
+					   0);
+		CHECK(err >= 0 || err == -EPERM);
+		return err >= 0;
+	}
+	err = kucomms_channel_reserve(channel, sizeof(*how), &frame, NULL);
+	CHECK(!err || err == -EPERM);
+	if (err)
+		return 0;
+	CHECK(!kucomms_channel_has_turn(channel));
+	if (*how % 4) {
+		kucomms_channel_discard(channel, frame, sizeof(*how));
+		return 0;
+	}
+	kucomms_channel_fill(frame, how, sizeof(*how), 0, 0, 0);
+	kucomms_ring_commit(frame, sizeof(*how), 0);
+	return 1;
+}
+
+static void *send_in_turn(void *argument)
+{
+	struct player *player = argument;
+	unsigned int how = 0;
+
+	while (__atomic_fetch_add(&player->begun, 1, __ATOMIC_RELAXED) < ROUNDS)
+		while (!send_if_ours(player->channel, &how))
+			sched_yield();
+	return NULL;
+}
+
+static void *receive_in_turn(void *argument)
+{
+	struct player *player = argument;
+	struct kucomms_channel *channel = player->channel;
+	struct kucomms_view view;
+	int err;
+
+	while (player->received < ROUNDS) {
+		err = kucomms_channel_peek(channel, &view);
+		CHECK(!err || err == -EAGAIN || err == KUCOMMS_SKIPPED);
+		if (!err) {
+			kucomms_channel_advance(channel, &view);
+			player->received++;
+		}
+		kucomms_channel_release(channel);
+		if (err == -EAGAIN)
+			sched_yield();
+	}
+	return NULL;
+}
+
+static void take_turns(void)
+{
+	static struct kucomms_channel a, b;
+	struct player players[2] = { { &a, 0, 0 }, { &b, 0, 0 } };
+	pthread_t threads[6];
+	unsigned int i;
+
+	channels_open(&a, &b, KUCOMMS_FEATURE_TURNS);
+#ifdef __SANITIZE_THREAD__
+	same_mapping(&a, &b);
+	same_mapping(&b, &a);
+#endif
+	for (i = 0; i < 6; i++)
+		CHECK(!pthread_create(&threads[i], NULL, i % 3 ? send_in_turn :
+				      receive_in_turn, &players[i / 3]));
+	for (i = 0; i < 6; i++)
+		CHECK(!pthread_join(threads[i], NULL));
+	for (i = 0; i < 2; i++) {
+		CHECK(players[i].channel->messages_sent == ROUNDS);
+		CHECK(players[i].received == ROUNDS);
+		CHECK(!players[i].channel->protocol_errors);
+	}
+	printf("%u turns each\n", ROUNDS);
+	kucomms_channel_destroy(&a);
+	kucomms_channel_destroy(&b);
+}
 
 static void way_open(struct way *way, struct kucomms_channel *from,
 		     struct kucomms_channel *to, uint64_t messages,
@@ -465,7 +564,7 @@ int main(int argc, char **argv)
 	static struct way ways[2];
 	uint64_t i, n;
 
-	channels_open(&a, &b);
+	channels_open(&a, &b, 0);
 #ifdef __SANITIZE_THREAD__
 	same_mapping(&a, &b);
 	same_mapping(&b, &a);
@@ -508,5 +607,6 @@ int main(int argc, char **argv)
 	}
 	kucomms_channel_destroy(&a);
 	kucomms_channel_destroy(&b);
+	take_turns();
 	return 0;
 }

@@ -372,7 +372,7 @@ def test_bad_pointers():
     ("fields", "number"),
     [
         *[({"version": v}, errno.EPROTONOSUPPORT) for v in (0, 2, 2**31, 2**32 - 1)],
-        *[({"features": 1 << bit}, errno.EPROTONOSUPPORT) for bit in (0, 31, 32, 63)],
+        *[({"features": 1 << bit}, errno.EPROTONOSUPPORT) for bit in (1, 31, 32, 63)],
         ({"version": 2, "hello_length": 99}, errno.EPROTONOSUPPORT),
         *[({"hello_length": n}, errno.EINVAL) for n in (65, 2**31, 2**32 - 1)],
         *[({f: n}, errno.EINVAL) for f in ("page_size", "side_size") for n in (1, PAGE, 2**63)],
@@ -393,7 +393,7 @@ def test_set_up_with_nonsense(fields, number):
         found, told = set_up(fd, **fields)
         assert found == number
         if number == errno.EPROTONOSUPPORT:
-            assert (told.version, told.features) == (1, 0)
+            assert (told.version, told.features) == (1, 1)
         assert counters()["channels"] == 0
         found, told = set_up(fd, hello=b"h" * 64)
         assert (found, told.version, told.page_size) == (0, 1, PAGE)
@@ -697,7 +697,8 @@ BREACHES = {
     "frame_header_half_published": bad_frame(b"", published=-24),
     "frame_longest": bad_frame(length=2**32 - 1),
     "frame_overflowing": bad_frame(length=2**32 - HEADER),
-    "frame_unknown_flag": bad_frame(flags=8),
+    "frame_unknown_flag": bad_frame(flags=16),
+    "frame_token_without_turns": bad_frame(flags=8),
     "frame_all_flags": bad_frame(flags=0xFFFF),
     "frame_busy_with_unknown_flag": bad_frame(flags=BUSY | 0x8000),
     "frame_discarded_too_long": bad_frame(flags=DISCARD, length=2**31),

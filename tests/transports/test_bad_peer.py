@@ -168,6 +168,7 @@ def attaches_with(**wrong):
 WRONG_GEOMETRY = [
     {"magic": 0},
     {"version": 2},
+    {"features": 2},
     {"features": 1},
     {"side": 7},
     {"page_size": 2 * PAGE},
@@ -426,7 +427,7 @@ BAD_LISTENERS = {
     "garbage": (setup_with(raw=b"\xff" * 112), ProtocolError),
     "magic": (setup_with(magic=1), ProtocolError),
     "version": (setup_with(version=2), VersionError),
-    "features": (setup_with(features=1), VersionError),
+    "features": (setup_with(features=2), VersionError),
     "refused_version": (refuses_with(REFUSED_VERSION), VersionError),
     "refused_memory": (refuses_with(REFUSED_MEMORY), TransportError),
     "refused_user": (refuses_with(REFUSED_USER), TransportError),
@@ -459,7 +460,8 @@ BAD_LISTENERS = {
     **{
         f"geometry_{label(wrong)}": (
             setup_with_geometry(**wrong),
-            VersionError if {"version", "features"} & set(wrong) else ProtocolError,
+            # one that we know, and that was not agreed on, is no matter of versions
+            VersionError if "version" in wrong or wrong.get("features") == 2 else ProtocolError,
         )
         for wrong in WRONG_GEOMETRY
     },
@@ -673,7 +675,8 @@ BAD_FRAMES = {
     "longer_than_the_ring": whole_ring_and_more,
     "longest": bad_frame(length=2**32 - 1),
     "overflowing": bad_frame(length=2**32 - HEADER),
-    "unknown_flag": bad_frame(flags=8),
+    "unknown_flag": bad_frame(flags=16),
+    "token_without_turns": bad_frame(flags=8),
     "all_flags": bad_frame(flags=0xFFFF),
     "busy_with_unknown_flag": bad_frame(flags=BUSY | 0x8000),
     "discarded_too_long": bad_frame(flags=DISCARD, length=2**31),

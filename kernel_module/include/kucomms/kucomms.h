@@ -28,7 +28,7 @@ struct kucomms_endpoint;
  * @id: the user's, no value reserved
  * @user_value: the user's, no value reserved
  * @length: of @data
- * @flags: KUCOMMS_FLAG_REPLY or 0
+ * @flags: KUCOMMS_FLAG_REPLY, KUCOMMS_FLAG_TOKEN or 0
  * @data: @length bytes. What arrives is a private copy, aligned to 8 bytes and
  *	  valid until the callback returns; with KUCOMMS_RX_IN_PLACE it is in
  *	  the ring, where the user can change it at any time, and we cannot, and
@@ -89,12 +89,20 @@ struct kucomms_endpoint_ops {
 /* The channels have numbers; also when none is declared yet. */
 #define KUCOMMS_NUMBERED		0x4
 
+/*
+ * Only one side of a channel may send, and passes the turn with its message, or
+ * with kucomms_pass_turn(). The user begins; a kernel that is to begin waits for
+ * the token that he sends first. Sends out of turn fail with -EPERM.
+ */
+#define KUCOMMS_TURNS			0x8
+
 #define KUCOMMS_NUMBERED_MAX		0x100000
 
 /**
  * struct kucomms_endpoint_options - what an endpoint may ask for
  * @size: sizeof(struct kucomms_endpoint_options)
- * @flags: KUCOMMS_THREAD_PER_CHANNEL, KUCOMMS_RX_IN_PLACE, KUCOMMS_NUMBERED
+ * @flags: KUCOMMS_THREAD_PER_CHANNEL, KUCOMMS_RX_IN_PLACE, KUCOMMS_NUMBERED,
+ *	   KUCOMMS_TURNS
  * @max_channels: 0 for no limit
  * @ring_size: bytes of each ring for who does not ask; 0 for 1 MiB
  * @max_ring_size: the most that a user can ask for; 0 for 16 MiB
@@ -135,6 +143,8 @@ int kucomms_send(struct kucomms_channel *channel,
 		 const struct kucomms_message *message);
 int kucomms_send_unlocked(struct kucomms_channel *channel,
 			  const struct kucomms_message *message);
+int kucomms_pass_turn(struct kucomms_channel *channel);
+bool kucomms_has_turn(struct kucomms_channel *channel);
 int kucomms_reply(struct kucomms_channel *channel,
 		  const struct kucomms_message *request,
 		  const void *data, u32 length);

@@ -172,7 +172,7 @@ struct kucomms_ring_consumer {
  * struct kucomms_view - a message in place, its header copied and checked
  * @data: in the ring; a hostile producer may change the bytes at any time
  * @length: of the data
- * @flags: KUCOMMS_FLAG_REPLY or 0
+ * @flags: KUCOMMS_FLAG_REPLY, KUCOMMS_FLAG_TOKEN
  * @type: the user's
  * @id: the user's
  * @user_value: the user's
@@ -351,7 +351,7 @@ static inline void kucomms_ring_move(struct kucomms_ring_producer *p,
  * @p: the producer, its lock still held
  * @frame: from kucomms_ring_next(), but for its control word all written
  * @length: as there
- * @flags: KUCOMMS_FLAG_REPLY or 0
+ * @flags: KUCOMMS_FLAG_REPLY, KUCOMMS_FLAG_TOKEN or 0
  *
  * The consumer hears of it once, when it is whole: cheaper than a reserve and a
  * commit, after which it often looks twice. Then ask

@@ -25,6 +25,11 @@
 #define KUCOMMS_RING_MAX	(1ULL << 32)	/* a length is 32 bits */
 #define KUCOMMS_PUT_MAX		4096	/* bytes copied with the lock held */
 
+/* Whose turn it is to send. */
+#define KUCOMMS_TURN_ANY	0	/* a channel without turns */
+#define KUCOMMS_TURN_OURS	1
+#define KUCOMMS_TURN_THEIRS	2
+
 /* The pages of one side, as this process sees them. */
 struct kucomms_side {
 	unsigned char *control;	/* KUCOMMS_CONTROL_PAGES pages */
@@ -38,7 +43,10 @@ struct kucomms_channel {
 	struct kucomms_side side[2];
 	uint64_t ring_size;
 	uint64_t page_size;
+	uint64_t features;		/* in force */
+	uint64_t turn_at;		/* of the message that brought the turn */
 	uint32_t own;			/* our side: 0 or 1 */
+	uint32_t turn;			/* KUCOMMS_TURN_*; atomic: any thread */
 	/* counters: sent under the lock, received by the consumer's thread */
 	uint64_t messages_sent;
 	uint64_t bytes_sent;
@@ -136,7 +144,8 @@ err_errno:
 }
 
 static inline void kucomms_geometry_fill(struct kucomms_geometry *geometry,
-					 uint32_t side, uint64_t ring_size)
+					 uint32_t side, uint64_t ring_size,
+					 uint64_t features)
 {
 	uint64_t page = kucomms_page_size();
 
@@ -144,7 +153,7 @@ static inline void kucomms_geometry_fill(struct kucomms_geometry *geometry,
 	geometry->magic = KUCOMMS_MAGIC;
 	geometry->version = KUCOMMS_ABI_VERSION;
 	geometry->side = side;
-	geometry->features = KUCOMMS_FEATURES;
+	geometry->features = features;
 	geometry->page_size = page;
 	geometry->ring_size = ring_size;
 	geometry->producer_offset = page;
@@ -155,20 +164,21 @@ static inline void kucomms_geometry_fill(struct kucomms_geometry *geometry,
 
 /*
  * Is this the geometry that was agreed on? Return: 0, -EPROTO when it is not a
- * kucomms channel of this size, -EPROTONOSUPPORT when it is one of a version or
+ * kucomms channel of this kind, -EPROTONOSUPPORT when it is one of a version or
  * with features that we do not know.
  */
 static inline int kucomms_geometry_check(const struct kucomms_geometry *shared,
-					 uint32_t side, uint64_t ring_size)
+					 uint32_t side, uint64_t ring_size,
+					 uint64_t features)
 {
 	struct kucomms_geometry expected, seen;
 
 	memcpy(&seen, shared, sizeof(seen));	/* once: the peer may write it */
-	kucomms_geometry_fill(&expected, side, ring_size);
+	kucomms_geometry_fill(&expected, side, ring_size, features);
 	if (seen.magic != expected.magic)
 		return -EPROTO;
 	if (seen.version != expected.version ||
-	    seen.features & ~expected.features)
+	    seen.features & ~KUCOMMS_FEATURES)
 		return -EPROTONOSUPPORT;
 	return memcmp(&seen, &expected, sizeof(seen)) ? -EPROTO : 0;
 }
@@ -187,11 +197,13 @@ static inline void kucomms_channel_destroy(struct kucomms_channel *channel)
 
 /*
  * First half of setting up: map our own side and say what it is. @ring_size is
- * as kucomms_ring_size() gave it. Return: 0 or -errno.
+ * as kucomms_ring_size() gave it, @features are those in force. Return: 0 or
+ * -errno.
  */
 static inline int kucomms_channel_init(struct kucomms_channel *channel,
 				       uint32_t own, uint64_t ring_size,
-				       int fd, uint64_t offset)
+				       uint64_t features, int fd,
+				       uint64_t offset)
 {
 	int err;
 
@@ -199,11 +211,16 @@ static inline int kucomms_channel_init(struct kucomms_channel *channel,
 	channel->own = own;
 	channel->ring_size = ring_size;
 	channel->page_size = kucomms_page_size();
+	channel->features = features;
+	if (features & KUCOMMS_FEATURE_TURNS)	/* who connects begins */
+		channel->turn = own ? KUCOMMS_TURN_OURS : KUCOMMS_TURN_THEIRS;
+	channel->turn_at = UINT64_MAX;		/* of none */
 	err = kucomms_side_map(&channel->side[own], fd, offset, ring_size, 1);
 	if (err)
 		return err;
 	kucomms_geometry_fill((struct kucomms_geometry *)
-			      channel->side[own].control, own, ring_size);
+			      channel->side[own].control, own, ring_size,
+			      features);
 	err = -pthread_mutex_init(&channel->lock, NULL);
 	if (err)
 		kucomms_channel_unmap(channel);
@@ -227,7 +244,7 @@ static inline int kucomms_channel_attach(struct kucomms_channel *channel,
 		return err;
 	err = kucomms_geometry_check((const struct kucomms_geometry *)
 				     peer->control, !channel->own,
-				     channel->ring_size);
+				     channel->ring_size, channel->features);
 	if (err) {
 		kucomms_side_unmap(peer, channel->ring_size);
 		return err;
@@ -265,6 +282,74 @@ static inline int kucomms_channel_rang(struct kucomms_channel *channel,
 	return must_ring;
 }
 
+/* ---- turns -------------------------------------------------------------- */
+
+/*
+ * On a channel with turns one side may send. Its message takes the turn with it,
+ * when room is taken for it, and brings it when it is handed out. So a send in
+ * the wrong moment fails, whatever the other side does just then.
+ *
+ * The turn is taken by who has the lock, and brought by the consumer's thread.
+ * Each does that only when it finds the other's last word there: so relaxed
+ * accesses will do, and what is sent with the turn is ordered by the ring.
+ */
+static inline uint32_t kucomms_channel_turn(const struct kucomms_channel *channel)
+{
+	return __atomic_load_n(&channel->turn, __ATOMIC_RELAXED);
+}
+
+static inline void kucomms_channel_set_turn(struct kucomms_channel *channel,
+					    uint32_t turn)
+{
+	if (kucomms_channel_turn(channel) != KUCOMMS_TURN_ANY)
+		__atomic_store_n(&channel->turn, turn, __ATOMIC_RELAXED);
+}
+
+static inline int kucomms_channel_has_turns(const struct kucomms_channel *channel)
+{
+	return kucomms_channel_turn(channel) != KUCOMMS_TURN_ANY;
+}
+
+/* May this side send? Any thread. Without turns it always may. */
+static inline int kucomms_channel_has_turn(const struct kucomms_channel *channel)
+{
+	return kucomms_channel_turn(channel) != KUCOMMS_TURN_THEIRS;
+}
+
+/*
+ * The message at the front is handed out: now it is our turn. But it comes once,
+ * however often who looked at the message looks again.
+ */
+static inline void kucomms_channel_take_turn(struct kucomms_channel *channel)
+{
+	if (!kucomms_channel_has_turns(channel) ||
+	    channel->rx.position == channel->turn_at)
+		return;
+	channel->turn_at = channel->rx.position;
+	kucomms_channel_set_turn(channel, KUCOMMS_TURN_OURS);
+}
+
+/* What was found at the front: may the peer have sent it? 0 or -EPROTO. */
+static inline int
+kucomms_channel_check_turn(const struct kucomms_channel *channel,
+			   const struct kucomms_view *view)
+{
+	/*
+	 * Read after the message: when that answers what another thread of ours
+	 * has sent, then the turn that was taken for it is seen, too.
+	 */
+	uint32_t turn = kucomms_channel_turn(channel);
+
+	if (view->flags & KUCOMMS_FLAG_TOKEN &&
+	    (turn == KUCOMMS_TURN_ANY || view->length ||
+	     view->flags & ~(uint32_t)KUCOMMS_FLAG_TOKEN))
+		return -EPROTO;
+	if (turn == KUCOMMS_TURN_OURS &&
+	    channel->rx.position != channel->turn_at)
+		return -EPROTO;		/* it has sent twice */
+	return 0;
+}
+
 /* ---- sending ------------------------------------------------------------ */
 
 /* A message was put, or is going to be. */
@@ -285,15 +370,20 @@ static inline int kucomms_channel_count_tx(struct kucomms_channel *channel,
 /*
  * Take room for a message. The lock is held, or something else keeps other
  * senders out. With @pin the bytes are not used again before
- * kucomms_channel_unpin_tx(). Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO.
+ * kucomms_channel_unpin_tx(). Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO, -EPERM when
+ * it is the peer's turn.
  */
 static inline int
 kucomms_channel_reserve_locked(struct kucomms_channel *channel, uint32_t length,
 			       struct kucomms_frame **frame,
 			       struct kucomms_pin *pin)
 {
-	int err = kucomms_ring_reserve(&channel->tx, length, frame);
+	int err = -EPERM;
 
+	if (kucomms_channel_has_turn(channel))
+		err = kucomms_ring_reserve(&channel->tx, length, frame);
+	if (!err)	/* nobody sees the message before it is committed */
+		kucomms_channel_set_turn(channel, KUCOMMS_TURN_THEIRS);
 	if (!err && pin)
 		kucomms_pin_add(&channel->tx.pins, pin, channel->tx.position -
 				kucomms_frame_span(length));
@@ -337,10 +427,14 @@ kucomms_channel_put_locked(struct kucomms_channel *channel, const void *data,
 			   uint64_t id, uint64_t user_value)
 {
 	struct kucomms_frame *frame;
-	int err = kucomms_ring_next(&channel->tx, length, &frame);
+	int err = -EPERM;
 
+	if (kucomms_channel_has_turn(channel))
+		err = kucomms_ring_next(&channel->tx, length, &frame);
 	if (!err) {
 		kucomms_channel_fill(frame, data, length, type, id, user_value);
+		/* Before it is seen: the answer brings the turn back. */
+		kucomms_channel_set_turn(channel, KUCOMMS_TURN_THEIRS);
 		kucomms_ring_publish(&channel->tx, frame, length, flags);
 	}
 	return kucomms_channel_count_tx(channel, length, err);
@@ -390,7 +484,10 @@ static inline int kucomms_channel_send(struct kucomms_channel *channel,
 	return err ? err : kucomms_channel_publish(channel);
 }
 
-/* Drop a reserved message. Return: 1 ring the doorbell, else 0. */
+/*
+ * Drop a reserved message; the turn that it had taken is ours again. Return: 1 ring
+ * the doorbell, else 0.
+ */
 static inline int kucomms_channel_discard(struct kucomms_channel *channel,
 					  struct kucomms_frame *frame,
 					  uint32_t length)
@@ -398,6 +495,7 @@ static inline int kucomms_channel_discard(struct kucomms_channel *channel,
 	pthread_mutex_lock(&channel->lock);
 	channel->messages_sent--;
 	channel->bytes_sent -= length;
+	kucomms_channel_set_turn(channel, KUCOMMS_TURN_OURS);
 	pthread_mutex_unlock(&channel->lock);
 	kucomms_ring_discard(frame, length);
 	return kucomms_channel_publish(channel);
@@ -469,8 +567,11 @@ static inline uint64_t kucomms_channel_tx_free(struct kucomms_channel *channel)
 static inline int kucomms_channel_peek(struct kucomms_channel *channel,
 				       struct kucomms_view *view)
 {
-	return kucomms_channel_fault(channel,
-				     kucomms_ring_peek(&channel->rx, view));
+	int err = kucomms_ring_peek(&channel->rx, view);
+
+	if (!err)
+		err = kucomms_channel_check_turn(channel, view);
+	return kucomms_channel_fault(channel, err);
 }
 
 static inline void kucomms_channel_count_rx(struct kucomms_channel *channel,
@@ -484,6 +585,7 @@ static inline void kucomms_channel_count_rx(struct kucomms_channel *channel,
 static inline void kucomms_channel_advance(struct kucomms_channel *channel,
 					   const struct kucomms_view *view)
 {
+	kucomms_channel_take_turn(channel);
 	kucomms_channel_count_rx(channel, view);
 	kucomms_ring_advance(&channel->rx, view);
 }
@@ -493,6 +595,7 @@ static inline void kucomms_channel_borrow(struct kucomms_channel *channel,
 					  const struct kucomms_view *view,
 					  struct kucomms_pin *pin)
 {
+	kucomms_channel_take_turn(channel);
 	kucomms_channel_count_rx(channel, view);
 	kucomms_ring_borrow(&channel->rx, view, pin);
 }

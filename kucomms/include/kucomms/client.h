@@ -38,7 +38,8 @@
  *	-EBUSY		the listener takes no more links
  *	-ECHRNG		the kernel endpoint has no channel of this number (yet)
  *	-ESHUTDOWN	as -EPIPE: the kernel module goes away
- *	-EPERM		the peer, or the directory of sockets, is another user's
+ *	-EPERM		the peer, or the directory of sockets, is another user's; or
+ *			of a send: it is the peer's turn, see below
  *	-EADDRINUSE	somebody else listens under this name, or has the channel
  *	-EINVAL		not shm://NAME, kernel://NAME or kernel://NAME/NUMBER,
  *			with a NAME of [A-Za-z0-9_]{1,48}
@@ -49,6 +50,11 @@
  * A link belongs to one thread at a time, and only to the process that made
  * it: its memory is not there in a forked child, which must not touch it. The
  * struct must not be copied or moved while the link is open.
+ *
+ * A listener, also a kernel endpoint, can ask for turns. Then only one side may
+ * send, and passes the turn with its message, or with kucomms_client_pass_turn().
+ * Who connects begins. The turn comes with the message that is received, and not
+ * before; sends out of turn fail with -EPERM.
  *
  * Two sides that both send and never receive fill both rings and then wait for
  * each other: give sends a timeout, or receive in between.
@@ -138,6 +144,7 @@ struct kucomms_client {
  * @inode: see @device
  * @ring_size: for a connector that asks for none; may be changed
  * @max_ring_size: the most that a connector gets; may be changed
+ * @features: KUCOMMS_FEATURE_TURNS for links with turns, or 0; may be changed
  * @dropped: connectors that were turned away for breaking the rules
  * @name: of the socket in the directory
  */
@@ -148,6 +155,7 @@ struct kucomms_listener {
 	ino_t inode;
 	uint64_t ring_size;
 	uint64_t max_ring_size;
+	uint64_t features;
 	uint64_t dropped;
 	char name[KUCOMMS_NAME_MAX + 1];
 };
@@ -627,7 +635,7 @@ static inline int kucomms_record_receive(struct kucomms_client *client,
 
 /* Map the memory that the listener made. Return: 0, -EPROTO, -errno. */
 static inline int kucomms_client_map(struct kucomms_client *client, int file,
-				     uint64_t ring_size)
+				     uint64_t ring_size, uint64_t features)
 {
 	uint64_t side;
 	struct stat status;
@@ -640,7 +648,8 @@ static inline int kucomms_client_map(struct kucomms_client *client, int file,
 		return -errno;
 	if (!S_ISREG(status.st_mode) || (uint64_t)status.st_size != 2 * side)
 		return -EPROTO;
-	err = kucomms_channel_init(&client->channel, 1, ring_size, file, side);
+	err = kucomms_channel_init(&client->channel, 1, ring_size, features,
+				   file, side);
 	if (err)
 		return err;
 	err = kucomms_channel_attach(&client->channel, file, 0);
@@ -685,7 +694,8 @@ static inline int kucomms_connect_handshake(struct kucomms_client *client,
 	}
 	/* Sealed memory is for links between users; we make none of those. */
 	err = record.flags & KUCOMMS_SEALED ? -EPROTONOSUPPORT :
-	      kucomms_client_map(client, file, record.ring_size);
+	      kucomms_client_map(client, file, record.ring_size,
+				 record.features);
 	if (err)
 		goto out;
 	kucomms_record_fill(&record, KUCOMMS_STEP_ATTACH, record.ring_size);
@@ -738,10 +748,12 @@ static inline int kucomms_device_attach(struct kucomms_client *client,
 	struct epoll_event event;
 	int err;
 
-	if (setup->side_size != kucomms_side_size(setup->ring_size))
+	if (setup->side_size != kucomms_side_size(setup->ring_size) ||
+	    setup->features & ~KUCOMMS_FEATURES)
 		return -EPROTONOSUPPORT;
 	err = kucomms_channel_init(&client->channel, 1, setup->ring_size,
-				   client->device, setup->side_offset[1]);
+				   setup->features, client->device,
+				   setup->side_offset[1]);
 	if (err)
 		return err;
 	err = kucomms_channel_attach(&client->channel, client->device,
@@ -1120,6 +1132,9 @@ static inline int kucomms_listener_handshake(struct kucomms_listener *listener,
 				     end);
 	if (file >= 0)
 		close(file);
+	/* One that knows no turns would send when it likes. */
+	if (!err && listener->features & ~record.features)
+		err = -EPROTONOSUPPORT;
 	if (err == -EPROTONOSUPPORT)
 		kucomms_listener_refuse(client, KUCOMMS_REFUSED_VERSION);
 	if (err)
@@ -1133,12 +1148,14 @@ static inline int kucomms_listener_handshake(struct kucomms_listener *listener,
 	side = kucomms_side_size(size);
 	memory = kucomms_memory_create(2 * side);
 	err = memory < 0 ? memory :
-	      kucomms_channel_init(&client->channel, 0, size, memory, 0);
+	      kucomms_channel_init(&client->channel, 0, size,
+				   listener->features, memory, 0);
 	if (err) {
 		kucomms_listener_refuse(client, KUCOMMS_REFUSED_MEMORY);
 		goto out;
 	}
 	kucomms_record_fill(&record, KUCOMMS_STEP_SETUP, size);
+	record.features = client->channel.features;
 	err = kucomms_record_send(client->socket, &record, memory);
 	if (err)
 		goto err_channel;
@@ -1453,7 +1470,8 @@ static inline int kucomms_client_send_flags(struct kucomms_client *client,
  * @timeout_ms: how long to wait while the ring is full
  *
  * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR (not sent, all three), -EMSGSIZE,
- * -EPIPE or -ESHUTDOWN when the peer is gone, -EPROTO, -EBADF.
+ * -EPIPE or -ESHUTDOWN when the peer is gone, -EPROTO, -EBADF, -EPERM when it is the
+ * peer's turn: receive first.
  */
 static inline int kucomms_client_send(struct kucomms_client *client,
 				      const void *data, size_t length,
@@ -1483,6 +1501,42 @@ static inline int kucomms_client_reply(struct kucomms_client *client,
 					 KUCOMMS_FLAG_REPLY, request->type,
 					 request->id, request->user_value,
 					 timeout_ms);
+}
+
+/**
+ * kucomms_client_has_turns - whether only one side may send at a time
+ * @client: the link
+ */
+static inline int kucomms_client_has_turns(const struct kucomms_client *client)
+{
+	return kucomms_channel_has_turns(&client->channel);
+}
+
+/**
+ * kucomms_client_has_turn - whether this side may send
+ * @client: the link; without turns it always may
+ */
+static inline int kucomms_client_has_turn(const struct kucomms_client *client)
+{
+	return kucomms_channel_has_turn(&client->channel);
+}
+
+/**
+ * kucomms_client_pass_turn - have the peer send, with nothing to tell it
+ * @client: a link with turns
+ * @timeout_ms: how long to wait while the ring is full
+ *
+ * The peer receives an empty message with KUCOMMS_FLAG_TOKEN.
+ *
+ * Return: as kucomms_client_send(); -EINVAL when the link has no turns.
+ */
+static inline int kucomms_client_pass_turn(struct kucomms_client *client,
+					   int timeout_ms)
+{
+	if (!client->error && !kucomms_client_has_turns(client))
+		return -EINVAL;
+	return kucomms_client_send_flags(client, NULL, 0, KUCOMMS_FLAG_TOKEN,
+					 0, 0, 0, timeout_ms);
 }
 
 /*
@@ -1525,6 +1579,9 @@ static inline void kucomms_client_give_back(struct kucomms_client *client)
  *	  what is checked first and used then
  * @timeout_ms: how long to wait
  *
+ * With turns it is this side's turn from now on; view->flags has KUCOMMS_FLAG_TOKEN
+ * when the peer had no more to say than that.
+ *
  * Until it is released the same message is received again. With timeout 0, -EAGAIN
  * may also mean that there is one behind much that the peer has discarded: then
  * kucomms_client_arm() says so.
@@ -1545,6 +1602,8 @@ static inline int kucomms_client_receive(struct kucomms_client *client,
 		if (client->error)
 			return client->error;
 		err = kucomms_client_peek(client, view);
+		if (!err)
+			kucomms_channel_take_turn(&client->channel);
 		if (err != -EAGAIN && err != KUCOMMS_SKIPPED)
 			return err;
 		kucomms_client_give_back(client);

@@ -34,6 +34,12 @@ enum {
 	KUP_END_WITH,	/* close the channel, with all that is kept */
 	KUP_GREETING,	/* from who has waited for the channel */
 	KUP_DONE,	/* all our numbers have come back */
+	KUP_TURNS,	/* what can be sent with the turn */
+	KUP_OTHERS,	/* what could be sent without it, after KUP_TURNS */
+	KUP_PASS,	/* pass the turn */
+	KUP_AGAIN,	/* take it the second time only, see kup_again() */
+	KUP_RACE,	/* send from a callback, a hard interrupt and a thread at once */
+	KUP_RACED,	/* how many of them have sent, and how many were out of turn */
 };
 
 /* What the kernel begins with. */
@@ -83,6 +89,12 @@ static atomic_t kup_closed = ATOMIC_INIT(0);
  * @going: what is to be let go elsewhere
  * @hard: lets it go in hard interrupt context
  * @process: in a thread
+ * @others: what KUP_OTHERS answers
+ * @again: the turn, when KUP_AGAIN was handed out before; -1 when it was not
+ * @won: senders of a race
+ * @lost: that were out of turn
+ * @race_hard: sends in hard interrupt context
+ * @race_process: in a thread
  */
 struct kup_channel {
 	struct kucomms_channel *channel;
@@ -96,6 +108,12 @@ struct kup_channel {
 	struct kucomms_message *going;
 	struct hrtimer hard;
 	struct work_struct process;
+	s64 others[8];
+	s64 again;
+	atomic_t won;
+	atomic_t lost;
+	struct hrtimer race_hard;
+	struct work_struct race_process;
 };
 
 static void kup_send(struct kup_channel *kup, u64 type, u64 id, u64 number)
@@ -172,6 +190,8 @@ static void kup_count(struct kup_channel *kup, const struct kucomms_message *mes
 	kup->count += 2;
 	if (kup->count < 2 * KUP_ROUNDS)
 		kup_send(kup, KUP_COUNT, 0, kup->count);
+	else if (flags & KUCOMMS_TURNS)
+		kup->wrong += !!kucomms_pass_turn(kup->channel);
 }
 
 static void kup_begin(struct kup_channel *kup)
@@ -245,6 +265,136 @@ static void kup_let_go(struct kup_channel *kup, const struct kucomms_message *me
 	}
 }
 
+/* ---- turns -------------------------------------------------------------- */
+
+/* The errno of a message in place that is not to be sent. */
+static s64 kup_reserves(struct kup_channel *kup)
+{
+	struct kucomms_message *loan = kucomms_reserve(kup->channel, 8);
+
+	if (IS_ERR(loan))
+		return PTR_ERR(loan);
+	kucomms_discard(kup->channel, loan);
+	return 0;
+}
+
+/* Every way to send, when it is the user's turn. */
+static void kup_try_others(struct kup_channel *kup, const struct kucomms_message *message)
+{
+	struct kucomms_channel *channel = kup->channel;
+	s64 *others = kup->others;
+
+	others[0] = kucomms_has_turn(channel);
+	others[1] = kucomms_send(channel, message);
+	others[2] = kucomms_send_unlocked(channel, message);
+	others[3] = kucomms_reply(channel, message, NULL, 0);
+	others[4] = kup_reserves(kup);
+	others[5] = PTR_ERR_OR_ZERO(kucomms_reserve_unlocked(channel, 8));
+	others[6] = kucomms_pass_turn(channel);
+	others[7] = kucomms_has_turn(channel);
+}
+
+static void kup_turns(struct kup_channel *kup, const struct kucomms_message *message)
+{
+	struct kucomms_channel *channel = kup->channel;
+	struct kucomms_message token = { .flags = KUCOMMS_FLAG_TOKEN, .length = 1, .data = "x" };
+	struct kucomms_message *loan;
+	s64 answer[9];
+
+	answer[0] = kucomms_has_turn(channel);
+	answer[1] = kucomms_send(channel, &token);
+	token.length = 0;
+	token.flags |= KUCOMMS_FLAG_REPLY;
+	answer[2] = kucomms_send(channel, &token);
+	loan = kucomms_reserve(channel, 8);
+	answer[3] = PTR_ERR_OR_ZERO(loan);
+	answer[4] = kucomms_has_turn(channel);
+	answer[5] = kup_reserves(kup);
+	if (!IS_ERR(loan))
+		kucomms_discard(channel, loan);
+	answer[6] = kucomms_has_turn(channel);
+	/* One that is begun and forgotten. */
+	answer[7] = PTR_ERR_OR_ZERO(kucomms_reserve_unlocked(channel, 8));
+	answer[8] = kucomms_has_turn(channel);
+	kup_answer(kup, message, answer, sizeof(answer));
+	kup_try_others(kup, message);
+}
+
+/* With an argument it is answered at once, and may not be answered again. */
+static void kup_again(struct kup_channel *kup, const struct kucomms_message *message)
+{
+	s64 turn = kucomms_has_turn(kup->channel), answer[2] = { kup->again, turn };
+
+	if (kup->again < 0) {
+		kup->again = turn;
+		if (message->length)
+			kup_answer(kup, message, answer, sizeof(answer));
+		kucomms_retry(kup->channel);
+		kucomms_resume(kup->channel);
+		return;
+	}
+	kup->again = -1;
+	if (!message->length)
+		kup_answer(kup, message, answer, sizeof(answer));
+	else
+		kup_try_others(kup, message);
+}
+
+static void kup_race_send(struct kup_channel *kup)
+{
+	const struct kucomms_message message = { .type = KUP_RACE };
+
+	switch (kucomms_send(kup->channel, &message)) {
+	case 0:
+		atomic_inc(&kup->won);
+		break;
+	case -EPERM:
+		atomic_inc(&kup->lost);
+	}
+}
+
+static enum hrtimer_restart kup_race_hard(struct hrtimer *timer)
+{
+	kup_race_send(container_of(timer, struct kup_channel, race_hard));
+	return HRTIMER_NORESTART;
+}
+
+static void kup_race_process(struct work_struct *work)
+{
+	kup_race_send(container_of(work, struct kup_channel, race_process));
+}
+
+static void kup_race(struct kup_channel *kup, const struct kucomms_message *message)
+{
+	atomic_set(&kup->won, 0);
+	atomic_set(&kup->lost, 0);
+	hrtimer_start(&kup->race_hard, kup_argument(message, 0), HRTIMER_MODE_REL_HARD);
+	queue_work(system_unbound_wq, &kup->race_process);
+	ndelay(min_t(u64, kup_argument(message, 1), 10000));
+	kup_race_send(kup);
+}
+
+static void kup_raced(struct kup_channel *kup, const struct kucomms_message *message)
+{
+	s64 answer[2];
+
+	flush_work(&kup->race_process);
+	/* It was started long ago: soon it has run. */
+	while (hrtimer_active(&kup->race_hard))
+		usleep_range(10, 100);
+	answer[0] = atomic_read(&kup->won);
+	answer[1] = atomic_read(&kup->lost);
+	kup_answer(kup, message, answer, sizeof(answer));
+}
+
+static void kup_token(struct kup_channel *kup, const struct kucomms_message *message)
+{
+	if (begin)
+		kup_begin(kup);
+	else
+		kup_echo(kup, message);
+}
+
 /* ---- callbacks ---------------------------------------------------------- */
 
 static void kup_status(struct kup_channel *kup, const struct kucomms_message *message)
@@ -264,6 +414,10 @@ static void kup_message(struct kucomms_channel *channel, const struct kucomms_me
 {
 	struct kup_channel *kup = kucomms_channel_priv(channel);
 
+	if (message->flags & KUCOMMS_FLAG_TOKEN) {
+		kup_token(kup, message);
+		return;
+	}
 	switch (message->type) {
 	case KUP_ECHO:
 		kup_echo(kup, message);
@@ -285,6 +439,24 @@ static void kup_message(struct kucomms_channel *channel, const struct kucomms_me
 		break;
 	case KUP_END_WITH:
 		kucomms_close(channel);
+		break;
+	case KUP_TURNS:
+		kup_turns(kup, message);
+		break;
+	case KUP_OTHERS:
+		kup_answer(kup, message, kup->others, sizeof(kup->others));
+		break;
+	case KUP_PASS:
+		kup->wrong += !!kucomms_pass_turn(channel);
+		break;
+	case KUP_AGAIN:
+		kup_again(kup, message);
+		break;
+	case KUP_RACE:
+		kup_race(kup, message);
+		break;
+	case KUP_RACED:
+		kup_raced(kup, message);
 	}
 }
 
@@ -306,9 +478,15 @@ static int kup_open(struct kucomms_channel *channel, const struct kucomms_peer *
 	hrtimer_init(&kup->hard, CLOCK_MONOTONIC, HRTIMER_MODE_REL_HARD);
 	kup->hard.function = kup_hard;
 	INIT_WORK(&kup->process, kup_process);
+	kup->again = -1;
+	hrtimer_init(&kup->race_hard, CLOCK_MONOTONIC, HRTIMER_MODE_REL_HARD);
+	kup->race_hard.function = kup_race_hard;
+	INIT_WORK(&kup->race_process, kup_race_process);
 	kucomms_channel_set_priv(channel, kup);
 	atomic_inc(&kup_opened);
-	kup_begin(kup);
+	/* With turns the user begins, by passing his. */
+	if (!(flags & KUCOMMS_TURNS))
+		kup_begin(kup);
 	return 0;
 }
 
@@ -320,6 +498,8 @@ static void kup_close(struct kucomms_channel *channel)
 
 	hrtimer_cancel(&kup->hard);
 	flush_work(&kup->process);
+	hrtimer_cancel(&kup->race_hard);
+	flush_work(&kup->race_process);
 	for (i = 0; i < KUP_KEPT; i++) {
 		if (!kup->kept[i])
 			continue;

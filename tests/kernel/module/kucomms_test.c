@@ -966,7 +966,7 @@ static void test_register(struct kucomms_channel *channel, const struct kucomms_
 	ops.message = NULL;
 	answer[count++] = test_try("kucomms_other", &ops, NULL);
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &larger.known);
-	options.flags = 0x8;
+	options.flags = 0x10;
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
 	options.flags = 0;
 	options.numbered = KUCOMMS_NUMBERED_MAX + 1;

@@ -22,8 +22,15 @@
 #define KUCOMMS_MAGIC		0x736d6d6f63756bULL	/* "kucomms", little endian */
 #define KUCOMMS_ABI_VERSION	1
 
-/* Feature bits of an ABI version: none yet. An unknown bit is refused. */
-#define KUCOMMS_FEATURES	0ULL
+/*
+ * Feature bits of an ABI version. Who connects says which of them it knows, who
+ * listens which of those are in force. An unknown bit is refused.
+ *
+ * TURNS: one side may send, and passes the turn with its message. Side 1, which
+ * connects, begins. A side that sends out of turn breaks the rules.
+ */
+#define KUCOMMS_FEATURE_TURNS	0x1ULL
+#define KUCOMMS_FEATURES	0x1ULL
 
 #define KUCOMMS_NAME_MAX	48	/* characters in the NAME of a URL */
 #define KUCOMMS_HELLO_MAX	64	/* bytes of the user's hello blob */
@@ -34,7 +41,8 @@
 #define KUCOMMS_FLAG_BUSY	0x0001	/* reserved, not committed yet */
 #define KUCOMMS_FLAG_DISCARD	0x0002	/* to be skipped by the consumer */
 #define KUCOMMS_FLAG_REPLY	0x0004	/* answers the request of the same id */
-#define KUCOMMS_FLAGS		0x0007
+#define KUCOMMS_FLAG_TOKEN	0x0008	/* the turn alone: no data, no reply */
+#define KUCOMMS_FLAGS		0x000f
 
 /* Kinds of frame. Only messages exist in ABI version 1. */
 #define KUCOMMS_KIND_MESSAGE	0
@@ -177,7 +185,8 @@ struct kucomms_geometry {
  * EADDRINUSE	   another file has the channel of this number
  * EBUSY	   no channel is free, or the endpoint has all that it takes
  * EALREADY	   this file has a channel
- * EPROTONOSUPPORT unknown version or features
+ * EPROTONOSUPPORT unknown version or features, or one of the endpoint's that the
+ *		   user does not know; then out: @features: what the module knows
  * EINVAL	   nonsense
  * ENOMEM
  *
