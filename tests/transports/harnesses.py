@@ -16,7 +16,7 @@ from kucomms.testing import Harness, Responder
 
 _numbers = itertools.count()
 
-LISTEN_OPTIONS = ("ring_size", "max_ring_size", "max_links")
+LISTEN_OPTIONS = ("ring_size", "max_ring_size", "max_links", "turns")
 
 
 def split_options(options):

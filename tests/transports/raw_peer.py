@@ -20,8 +20,9 @@ HELLO, SETUP, ATTACH = 1, 2, 3
 ACCEPTED, REFUSED_BUSY, REFUSED_VERSION, REFUSED_MEMORY, REFUSED_USER = range(5)
 SEALED = 1
 EVENTFDS = 2
+TURNS = 1
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # FUTURE_WRITE
-BUSY, DISCARD, REPLY = 1, 2, 4
+BUSY, DISCARD, REPLY, TOKEN = 1, 2, 4, 8
 HEADER = 32
 PAGE = mmap.PAGESIZE
 PATIENCE = 10.0
@@ -240,16 +241,20 @@ class RawPeer(DiscardingProducer):
         self.sock.close()
 
 
-def connect_by_hand(name, ring_size=0, *, hello=b"", attach=None, **wrong_geometry):
+def connect_by_hand(
+    name, ring_size=0, *, hello=b"", attach=None, turns=False, **wrong_geometry
+):
     """Complete the rendezvous as a connecting side."""
     sock = connect(name)
-    send(sock, record(HELLO, ring_size=ring_size, hello=hello))
+    features = TURNS if turns else 0
+    send(sock, record(HELLO, ring_size=ring_size, hello=hello, features=features))
     setup, (fd,) = receive(sock)
     assert (setup.step, setup.status, setup.flags) == (SETUP, ACCEPTED, 0)
     peer = RawPeer(sock, fd, 1, setup.ring_size)
     os.close(fd)
     peer.hello = setup.hello
-    peer.write(peer.offset(0), geometry(1, setup.ring_size, **wrong_geometry))
+    says = {"features": setup.features, **wrong_geometry}
+    peer.write(peer.offset(0), geometry(1, setup.ring_size, **says))
     send(sock, record(ATTACH) if attach is None else attach)
     return peer
 
@@ -273,14 +278,16 @@ class RawListener:
         assert (hello.step, fds) == (HELLO, [])
         return sock, hello
 
-    def accept_by_hand(self, ring_size=PAGE, *, hello=b"", **wrong_geometry):
+    def accept_by_hand(self, ring_size=PAGE, *, hello=b"", turns=False, **wrong_geometry):
         """Complete the rendezvous as a listening side."""
         sock, greeting = self.accept()
         fd = memory(2 * side_size(ring_size))
         peer = RawPeer(sock, fd, 0, ring_size)
         peer.hello = greeting.hello
-        peer.write(peer.offset(0), geometry(0, ring_size, **wrong_geometry))
-        send(sock, record(SETUP, ring_size=ring_size, hello=hello), [fd])
+        features = TURNS if turns else 0
+        says = {"features": features, **wrong_geometry}
+        peer.write(peer.offset(0), geometry(0, ring_size, **says))
+        send(sock, record(SETUP, ring_size=ring_size, hello=hello, features=features), [fd])
         os.close(fd)
         try:
             attach, fds = receive(sock)
@@ -338,7 +345,7 @@ def garbage(peer: RawPeer, random: random.Random):
                 peer.frame(
                     random.randbytes(random.randrange(64)),
                     length=random.choice([None, nearly() % 2**32]),
-                    flags=random.choice([0, BUSY, DISCARD, REPLY, 7, 8, 0x8000]),
+                    flags=random.choice([0, BUSY, DISCARD, REPLY, TOKEN, 7, 16, 0x8000]),
                     kind=random.choice([0, 0, 0, 1, 2, 255]),
                     zero=random.choice([0, 0, 0, 1]),
                 )
