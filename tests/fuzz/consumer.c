@@ -4,7 +4,8 @@
  *
  * Codes 0 to 15 are our calls, the others the peer's. It writes its words, the
  * geometry and the data as it likes; and it also has the real producer, so that
- * what is nonsense comes in the middle of what is not.
+ * what is nonsense comes in the middle of what is not. It knows no turns; we do in one
+ * of eight programs.
  */
 #include "world.h"
 
@@ -15,6 +16,7 @@ static struct {
 	struct kucomms_view view;
 	int has_view;
 	int all_seen;
+	int turns, ours;
 	struct kucomms_pin pins[PINS];
 	int pinned[PINS];
 	struct kucomms_frame *loan[LOANS];
@@ -26,6 +28,10 @@ static void program_begin(uint64_t position)
 	memset(&s, 0, sizeof(s));
 	s.published = position;
 	s.available = position;
+	s.turns = (position >> 5) % 8 == 2;
+	s.ours = s.turns;
+	b.turn = s.turns ? KUCOMMS_TURN_OURS : KUCOMMS_TURN_ANY;
+	b.turn_at = UINT64_MAX;
 }
 
 static void program_end(void)
@@ -52,6 +58,8 @@ static void check_all(void)
 	for (i = 0; i < PINS; i++)
 		CHECK(!s.pinned[i] || s.pins[i].position - c->published <
 					      c->position - c->published);
+	CHECK(kucomms_channel_has_turns(&b) == s.turns);
+	CHECK(kucomms_channel_has_turn(&b) == (!s.turns || s.ours));
 	CHECK(b.messages_received == s.received);
 	CHECK(b.bytes_received == s.bytes);
 	CHECK(b.protocol_errors == s.errors);
@@ -91,7 +99,13 @@ static void peek(void)
 	left = c->available - c->position;
 	CHECK(left >= 32 && view->length <= left - 32);
 	CHECK(view->data == c->data + c->position % RING_SIZE + 32);
-	CHECK(!(view->flags & ~(uint32_t)KUCOMMS_FLAG_REPLY));
+	CHECK(!(view->flags &
+		~(uint32_t)(KUCOMMS_FLAG_REPLY | KUCOMMS_FLAG_TOKEN)));
+	if (view->flags & KUCOMMS_FLAG_TOKEN)
+		CHECK(s.turns && !view->length &&
+		      view->flags == KUCOMMS_FLAG_TOKEN);
+	/* It has not sent twice. */
+	CHECK(!s.ours);
 	if (view->length) {
 		(void)*(const volatile unsigned char *)view->data;
 		(void)*(const volatile unsigned char *)(view->data +
@@ -102,6 +116,7 @@ static void peek(void)
 static void take(void)
 {
 	s.has_view = 0;
+	s.ours = s.turns;
 	s.received++;
 	s.bytes += s.view.length;
 }
@@ -186,6 +201,9 @@ static void our_call(const struct operation *operation)
 		break;
 	case 11:
 		kucomms_ring_peer_state(&b.rx);
+		/* As when we have sent something. */
+		kucomms_channel_set_turn(&b, KUCOMMS_TURN_THEIRS);
+		s.ours = 0;
 		break;
 	case 12:
 		/* As when the peer was found dead: it never comes back. */
@@ -263,7 +281,9 @@ static void peer_acts(const struct operation *operation)
 	case 25:
 		kucomms_channel_send(&a, pattern + operation->x,
 				     length_of(operation),
-				     operation->x & KUCOMMS_FLAG_REPLY, 1, 2, 3);
+				     operation->x & (KUCOMMS_FLAG_REPLY |
+						     KUCOMMS_FLAG_TOKEN),
+				     1, 2, 3);
 		break;
 	case 26:
 		if (!s.loan[slot] &&

@@ -82,6 +82,27 @@ PLANTS = (
         header="channel.h",
     ),
     Plant(
+        "sends-twice",
+        "consumer",
+        "if (turn == KUCOMMS_TURN_OURS &&",
+        "if (turn > KUCOMMS_TURN_THEIRS &&",
+        header="channel.h",
+    ),
+    Plant(
+        "token-with-data",
+        "consumer",
+        "(turn == KUCOMMS_TURN_ANY || view->length ||",
+        "(turn == KUCOMMS_TURN_ANY ||",
+        header="channel.h",
+    ),
+    Plant(
+        "token-without-turns",
+        "consumer",
+        "(turn == KUCOMMS_TURN_ANY || view->length ||",
+        "(view->length ||",
+        header="channel.h",
+    ),
+    Plant(
         "held-in-the-loop",
         "consumer",
         "refreshed = 1;",

@@ -7,6 +7,7 @@
  *	kup_client kernel URL HOPS		plays what the kernel has begun
  *	kup_client full URL			fills the ring with what is echoed
  *	kup_client end URL			waits for the end
+ *	kup_client turns URL			plays by turns what is echoed
  *	kup_client threads URL...		a channel for each thread
  *
  * Says what was wrong and exits with 1, or with the errno of a connect that failed.
@@ -190,6 +191,28 @@ static void in_threads(char **urls, int count)
 		CHECK(!pthread_join(threads[i], NULL));
 }
 
+/* One message there, one back, and at last a token. */
+static void in_turns(struct kucomms_client *link)
+{
+	struct kucomms_view message;
+	uint64_t number;
+
+	CHECK(kucomms_client_has_turns(link));
+	for (number = 0; number < 1000; number++) {
+		CHECK(kucomms_client_has_turn(link));
+		send_number(link, ECHO, 0, number);
+		CHECK(!kucomms_client_has_turn(link));
+		CHECK(kucomms_client_send(link, "x", 1, ECHO, 0, 0, -1) == -EPERM);
+		CHECK(kucomms_client_pass_turn(link, -1) == -EPERM);
+		CHECK(receive_number(link, BLOCKING, ECHO) == number);
+	}
+	CHECK(!kucomms_client_pass_turn(link, PATIENCE_MS));
+	receive(link, &message, BLOCKING);
+	CHECK(message.flags == KUCOMMS_FLAG_TOKEN && !message.length);
+	kucomms_client_release(link, &message);
+	CHECK(kucomms_client_has_turn(link));
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc > 2 ? argv[1] : "";
@@ -214,6 +237,8 @@ int main(int argc, char **argv)
 		kernel_begins(&link, argc > 3 ? atoi(argv[3]) : 1);
 	else if (!strcmp(what, "full"))
 		fill(&link);
+	else if (!strcmp(what, "turns"))
+		in_turns(&link);
 	else if (!strcmp(what, "end"))
 		wait_for_end(&link);
 	else

@@ -17,7 +17,8 @@ from tests.transports.raw_peer import DiscardingProducer
 MAGIC = 0x736D6D6F63756B
 VERSION = 1
 IOC = 0xE7
-BUSY, DISCARD, REPLY = 1, 2, 4
+BUSY, DISCARD, REPLY, TOKEN = 1, 2, 4, 8
+TURNS_FEATURE = 1
 NUMBER = 1
 DATA, SPACE = 1, 2
 HEADER = 32

@@ -226,6 +226,39 @@ async def test_the_turn_waits_for_a_handler_of_another_link(url):
             assert received == [(1, True), (2, True)]
 
 
+async def test_a_message_left_where_it_is_fills_no_backlog(url):
+    """A handler that waits for a reply goes on waiting, whatever other links have to say."""
+    results = asyncio.Queue()
+
+    async with Endpoint("plays", on_error=lambda error, _: results.put_nowait(error)) as endpoint:
+
+        @endpoint.on_message
+        async def handle(message, link):
+            if message.id == 1:
+                results.put_nowait(await link.request(b"", id=5, timeout=PATIENCE))
+            else:
+                results.put_nowait(message)
+
+        async with listening(url) as (_owner, links):
+            first = await endpoint.connect(url, timeout=PATIENCE)
+            other_first = await links.get()
+            second = await endpoint.connect(url, timeout=PATIENCE)
+            other_second = await links.get()
+            for link, other in ((first, other_first), (second, other_second)):
+                await link.send(Token())
+                await receive(other)
+            await other_first.send(b"", id=1)
+            asked = await receive(other_first)
+            await other_second.send(b"", id=2)
+            await until(lambda: second.rx_avail)
+            for _ in range(50):
+                await asyncio.sleep(0)
+            await other_first.reply(asked, b"at last")
+            async with asyncio.timeout(PATIENCE):
+                assert await results.get() == Message(b"at last", id=5)
+                assert await results.get() == Message(b"", id=2)
+
+
 async def test_requests_in_handlers(url):
     """The handler's request takes the turn, the reply brings it back, its answer ends it."""
 

@@ -212,6 +212,19 @@ async def received_in_a_thread(link):
     await asyncio.to_thread(play)
 
 
+async def a_message_beside_a_request(link):
+    """It is for the task that receives, which sleeps while the request looks for its reply."""
+    for number in range(1, 51):
+        receiving = asyncio.ensure_future(receive(link))
+        await asyncio.sleep(0)
+        request = asyncio.ensure_future(link.request(b"", id=number, timeout=PATIENCE))
+        assert (await receiving).id == number
+        assert link.has_turn
+        assert not request.done()
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+
 async def requests(link, type):
     """The reply brings the turn."""
     for _ in range(20):
@@ -232,4 +245,5 @@ CHECKS = [
     a_loan_that_is_dropped_keeps_the_turn,
     threads,
     received_in_a_thread,
+    a_message_beside_a_request,
 ]

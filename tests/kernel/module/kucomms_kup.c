@@ -4,6 +4,9 @@
  * counts in turn with the user, and sends numbers that have to come back.
  * tests/kernel/test_kup.py is the other half.
  *
+ * With KUCOMMS_TURNS in its flags it waits for a token before it begins.
+ * tests/kernel/test_turns.py tells it what to try then.
+ *
  * The parameters of the module say how many channels there are and what the
  * kernel begins as soon as one is open; what is written to them later announces
  * more, or waits for one. A hello of "refuse" is refused, one of "sleep" waits
@@ -40,6 +43,7 @@ enum {
 	KUP_AGAIN,	/* take it the second time only, see kup_again() */
 	KUP_RACE,	/* send from a callback, a hard interrupt and a thread at once */
 	KUP_RACED,	/* how many of them have sent, and how many were out of turn */
+	KUP_KEEP,	/* nothing: the turn stays here */
 };
 
 /* What the kernel begins with. */
@@ -372,18 +376,16 @@ static void kup_race(struct kup_channel *kup, const struct kucomms_message *mess
 	queue_work(system_unbound_wq, &kup->race_process);
 	ndelay(min_t(u64, kup_argument(message, 1), 10000));
 	kup_race_send(kup);
+	/* The next callback, with which the turn comes back, is for none of them. */
+	flush_work(&kup->race_process);
+	while (hrtimer_active(&kup->race_hard))
+		usleep_range(10, 100);
 }
 
 static void kup_raced(struct kup_channel *kup, const struct kucomms_message *message)
 {
-	s64 answer[2];
+	const s64 answer[] = { atomic_read(&kup->won), atomic_read(&kup->lost) };
 
-	flush_work(&kup->race_process);
-	/* It was started long ago: soon it has run. */
-	while (hrtimer_active(&kup->race_hard))
-		usleep_range(10, 100);
-	answer[0] = atomic_read(&kup->won);
-	answer[1] = atomic_read(&kup->lost);
 	kup_answer(kup, message, answer, sizeof(answer));
 }
 
@@ -479,6 +481,7 @@ static int kup_open(struct kucomms_channel *channel, const struct kucomms_peer *
 	kup->hard.function = kup_hard;
 	INIT_WORK(&kup->process, kup_process);
 	kup->again = -1;
+	kup->count = U64_MAX;
 	hrtimer_init(&kup->race_hard, CLOCK_MONOTONIC, HRTIMER_MODE_REL_HARD);
 	kup->race_hard.function = kup_race_hard;
 	INIT_WORK(&kup->race_process, kup_race_process);
