@@ -292,12 +292,16 @@ static inline int kucomms_channel_rang(struct kucomms_channel *channel,
  * The turn is taken by who has the lock, and brought by the consumer's thread.
  * Each does that only when it finds the other's last word there: so relaxed
  * accesses will do, and what is sent with the turn is ordered by the ring.
+ *
+ * Most channels have no turns. What is expected below keeps it from them: a load and
+ * a branch that is not taken, at each end.
  */
 static inline uint32_t kucomms_channel_turn(const struct kucomms_channel *channel)
 {
 	return __atomic_load_n(&channel->turn, __ATOMIC_RELAXED);
 }
 
+/* With the lock, or by the consumer's thread. Without turns nothing happens. */
 static inline void kucomms_channel_set_turn(struct kucomms_channel *channel,
 					    uint32_t turn)
 {
@@ -322,7 +326,7 @@ static inline int kucomms_channel_has_turn(const struct kucomms_channel *channel
  */
 static inline void kucomms_channel_take_turn(struct kucomms_channel *channel)
 {
-	if (!kucomms_channel_has_turns(channel) ||
+	if (__builtin_expect(!kucomms_channel_has_turns(channel), 1) ||
 	    channel->rx.position == channel->turn_at)
 		return;
 	channel->turn_at = channel->rx.position;
@@ -340,6 +344,8 @@ kucomms_channel_check_turn(const struct kucomms_channel *channel,
 	 */
 	uint32_t turn = kucomms_channel_turn(channel);
 
+	if (__builtin_expect(!(turn | (view->flags & KUCOMMS_FLAG_TOKEN)), 1))
+		return 0;
 	if (view->flags & KUCOMMS_FLAG_TOKEN &&
 	    (turn == KUCOMMS_TURN_ANY || view->length ||
 	     view->flags & ~(uint32_t)KUCOMMS_FLAG_TOKEN))
@@ -426,15 +432,17 @@ kucomms_channel_put_locked(struct kucomms_channel *channel, const void *data,
 			   uint32_t length, uint32_t flags, uint64_t type,
 			   uint64_t id, uint64_t user_value)
 {
+	uint32_t turn = kucomms_channel_turn(channel);
 	struct kucomms_frame *frame;
 	int err = -EPERM;
 
-	if (kucomms_channel_has_turn(channel))
+	if (__builtin_expect(turn != KUCOMMS_TURN_THEIRS, 1))
 		err = kucomms_ring_next(&channel->tx, length, &frame);
 	if (!err) {
 		kucomms_channel_fill(frame, data, length, type, id, user_value);
 		/* Before it is seen: the answer brings the turn back. */
-		kucomms_channel_set_turn(channel, KUCOMMS_TURN_THEIRS);
+		if (__builtin_expect(turn != KUCOMMS_TURN_ANY, 0))
+			kucomms_channel_set_turn(channel, KUCOMMS_TURN_THEIRS);
 		kucomms_ring_publish(&channel->tx, frame, length, flags);
 	}
 	return kucomms_channel_count_tx(channel, length, err);
