@@ -179,7 +179,10 @@ class Transport(Protocol):
         accept: Callable[[Connection], None],
         links: Callable[[], int],
     ) -> Listener:
-        """Take connections; give each to ``accept``. ``links()``: how many there are now."""
+        """Take connections; give each to ``accept``. ``links()``: how many there are now.
+
+        With ``options.turns``, ``options.features`` have to be in force on their channels.
+        """
         ...
 
     async def connect(self, address: Address, options: ConnectOptions) -> Connection:

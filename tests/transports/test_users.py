@@ -153,9 +153,11 @@ async def test_connector_checks_the_owner(url, monkeypatch):
 # ---- let in ---------------------------------------------------------------------
 
 
-async def test_allowed_user(url):
+@pytest.mark.parametrize("turns", [False, True], ids=["", "turns"])
+async def test_allowed_user(url, turns):
     options = json.dumps({"owner": 0, "timeout": PATIENCE, "hello": "from another"})
-    async with Listening(url, allow={OTHER_USER}, hello=b"from root") as listening:
+    given = {"allow": {OTHER_USER}, "hello": b"from root", "turns": turns}
+    async with Listening(url, **given) as listening:
         assert stat.S_IMODE(os.stat(SHARED).st_mode) == 0o711
         await asyncio.to_thread(lambda: None)
         before = descriptors()
@@ -163,6 +165,7 @@ async def test_allowed_user(url):
             during = descriptors()
             async with asyncio.timeout(PATIENCE):
                 link = await listening.opened
+            assert link.turns == turns
             assert link.peer.uid == OTHER_USER
             assert link.peer.pid == process.pid
             assert link.peer.hello == b"from another"
@@ -184,8 +187,9 @@ async def test_own_user_connects_to_a_shared_name(url):
         assert (await link.receive()).data == b"x"
 
 
-async def test_root_connects_to_another(url):
-    options = json.dumps({"allow": [0], "hello": "from another"})
+@pytest.mark.parametrize("turns", [False, True], ids=["", "turns"])
+async def test_root_connects_to_another(url, turns):
+    options = json.dumps({"allow": [0], "hello": "from another", "turns": turns})
     with Process("echo_as_another", url, options, env={"XDG_RUNTIME_DIR": ""}) as process:
         await process.says("ready")
         async with kucomms.connect(url, owner=OTHER_USER, timeout=0, hello=b"x") as link:
@@ -193,7 +197,9 @@ async def test_root_connects_to_another(url):
             assert link.peer.uid == OTHER_USER
             assert link.peer.pid == process.pid
             assert link.peer.hello == b"from another"
+            assert link.turns == turns
             for size in (0, 1, 100_000):
+                assert link.has_turn
                 await link.send(bytes(size))
                 assert len(await link.receive()) == size
         await process.says("close in order")
