@@ -38,9 +38,11 @@ from kucomms import (
     Message,
     MessageTooLargeError,
     NotReadyError,
+    OutOfTurnError,
     PeerClosedError,
     QueueEmpty,
     QueueFull,
+    Token,
     UsageError,
 )
 
@@ -182,6 +184,8 @@ class Responder:
 class Harness(ABC):
     """How to reach a Responder over the transport under test."""
 
+    turns = True
+    """Whether the responder's listener can be told ``turns=True``."""
     exact_doorbells = False
     """Whether the peer cannot run, and so not park again, while the check does."""
 
@@ -191,7 +195,10 @@ class Harness(ABC):
 
     @abstractmethod
     def responder(self, url: str, **options: Any) -> AbstractAsyncContextManager[None]:
-        """Run a ``Responder(**options)`` that listens at ``url``; ``ring_size`` is listen's."""
+        """Run a ``Responder(**options)`` that listens at ``url``.
+
+        ``ring_size``, ``max_ring_size``, ``max_links`` and ``turns`` are listen's.
+        """
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -817,6 +824,47 @@ async def check_request_timeout(harness: Harness) -> None:
         assert (await link.request(b"q", type=REPLY, timeout=PATIENCE)).data == b"q"
         assert link.statistics().late_replies == 2
         expect_call(QueueEmpty, link.receive_nowait)
+
+
+# ---- turns ------------------------------------------------------------------
+
+
+async def _check_out_of_turn(link: Link) -> None:
+    """Nothing can be sent, by any means."""
+    sent = link.statistics().messages_sent
+    await expect(OutOfTurnError, link.send(b"out"))
+    expect_call(OutOfTurnError, lambda: link.send_nowait(b"out"))
+    expect_call(OutOfTurnError, lambda: link.send_threadsafe(b"out"))
+    await expect(OutOfTurnError, link.send_many([b"out"]))
+    await expect(OutOfTurnError, link.send(Token()))
+    await expect(OutOfTurnError, link.request(b"out"))
+    error = expect_call(OutOfTurnError, lambda: link.loan(3).__enter__())
+    assert link.url in str(error)
+    assert link.statistics().messages_sent == sent
+
+
+async def check_turns(harness: Harness) -> None:
+    """We begin; a message takes the turn, the answer brings it when it is received."""
+    if not harness.turns:
+        return
+    async with harness.link(turns=True) as link:
+        assert link.turns
+        for number in range(200):
+            assert link.has_turn
+            await link.send(numbered(number, number))
+            assert not link.has_turn
+            if not number % 50:
+                await _check_out_of_turn(link)
+                async with asyncio.timeout(PATIENCE):
+                    while not link.rx_avail:
+                        await asyncio.sleep(0)
+                await _check_out_of_turn(link)
+            verify(await link.receive(), number)
+        reply = await link.request(b"reply", type=REPLY, timeout=PATIENCE)
+        assert reply.data == b"reply"
+        await link.send(Token(id=5))
+        assert await link.receive() == Token(id=5)
+        assert link.has_turn
 
 
 # ---- handlers ---------------------------------------------------------------

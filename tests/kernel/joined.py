@@ -214,6 +214,8 @@ class KernelJoin(testing.Harness):
     open is an error, unless there is one already.
     """
 
+    turns = False  # what goes from one channel to another one has no turn of its own
+
     def __enter__(self):
         self._devices = []
         return self
