@@ -473,7 +473,7 @@ static int put(struct kucomms_channel *channel,
 		count_sent(channel, message->length);
 		fill(frame, message);
 		kucomms_ring_publish(&channel->tx, frame, message->length,
-				     flags);
+				     flags, KUCOMMS_KIND_MESSAGE);
 	}
 	return err;
 }
@@ -728,7 +728,8 @@ void kucomms_commit_unlocked(struct kucomms_channel *channel,
 	loan->frame->user_value = message->user_value;
 	count_sent(channel, loan->length);
 	kucomms_ring_publish(&channel->tx, loan->frame, loan->length,
-			     message->flags & KUCOMMS_FLAG_REPLY);
+			     message->flags & KUCOMMS_FLAG_REPLY,
+			     KUCOMMS_KIND_MESSAGE);
 	trace_kucomms_send(channel->serial, message->type, message->id,
 			   loan->length, 0);
 	sent(channel, 0);

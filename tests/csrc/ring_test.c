@@ -761,7 +761,8 @@ static void test_publish(void)
 	CHECK(again == frame);
 	kucomms_channel_fill(frame, "12345678", 8, 1, 2, 3);
 	expect_empty(&pair);
-	kucomms_ring_publish(&pair.a.tx, frame, 8, KUCOMMS_FLAG_REPLY);
+	kucomms_ring_publish(&pair.a.tx, frame, 8, KUCOMMS_FLAG_REPLY,
+			     KUCOMMS_KIND_MESSAGE);
 	CHECK(kucomms_channel_tx_avail(&pair.a) == 40);
 	CHECK(!kucomms_channel_peek(&pair.b, &view));
 	CHECK(view.length == 8 && view.flags == KUCOMMS_FLAG_REPLY);

@@ -341,7 +341,8 @@ kucomms_channel_put_locked(struct kucomms_channel *channel, const void *data,
 
 	if (!err) {
 		kucomms_channel_fill(frame, data, length, type, id, user_value);
-		kucomms_ring_publish(&channel->tx, frame, length, flags);
+		kucomms_ring_publish(&channel->tx, frame, length, flags,
+				     KUCOMMS_KIND_MESSAGE);
 	}
 	return kucomms_channel_count_tx(channel, length, err);
 }
