@@ -82,7 +82,7 @@ static_assert(offsetof(struct kucomms_setup, channel) == 124);
 static int check_setup(const struct kucomms_setup *setup)
 {
 	if (setup->version != KUCOMMS_ABI_VERSION ||
-	    setup->features & ~KUCOMMS_FEATURES)
+	    setup->features & ~KUCOMMS_MODULE_FEATURES)
 		return -EPROTONOSUPPORT;
 	if (setup->hello_length > KUCOMMS_HELLO_MAX || setup->page_size ||
 	    setup->side_size || setup->side_offset[0] ||
@@ -101,7 +101,7 @@ static void answer_setup(struct kucomms_setup *setup,
 
 	memset(setup, 0, sizeof(*setup));
 	setup->version = KUCOMMS_ABI_VERSION;
-	setup->features = KUCOMMS_FEATURES;
+	setup->features = channel->features;
 	setup->ring_size = channel->ring_size;
 	setup->page_size = PAGE_SIZE;
 	setup->side_size = side_size;
@@ -118,6 +118,7 @@ static void answer_setup(struct kucomms_setup *setup,
  * struct kucomms_terms - what a channel has to be like for an endpoint
  * @endpoint: its serial
  * @ring_size: of each ring
+ * @features: in force
  * @flags: its options
  * @wanted: the number that is asked for, or -1
  * @news: the device's, before it was asked
@@ -125,6 +126,7 @@ static void answer_setup(struct kucomms_setup *setup,
 struct kucomms_terms {
 	u64 endpoint;
 	u64 ring_size;
+	u64 features;
 	u32 flags;
 	s64 wanted;
 	u64 news;
@@ -142,6 +144,7 @@ static int ask_for_terms(struct kucomms_device *device,
 	int err = -ENOTCONN;
 	u64 asked;
 
+	terms->features = setup->features;
 	terms->wanted = -1;
 	if (setup->flags & KUCOMMS_SETUP_NUMBER)
 		terms->wanted = setup->channel;
@@ -172,7 +175,7 @@ static int prepare(struct kucomms_file *kfile,
 	int err;
 
 	*runner = NULL;
-	*channel = kucomms_channel_new(terms->ring_size);
+	*channel = kucomms_channel_new(terms->ring_size, terms->features);
 	if (IS_ERR(*channel))
 		return PTR_ERR(*channel);
 	if (terms->flags & KUCOMMS_RX_IN_PLACE) {
@@ -309,7 +312,7 @@ static long ioctl_setup(struct kucomms_file *kfile, void __user *argument)
 	err = check_setup(&setup);
 	if (err == -EPROTONOSUPPORT) {
 		setup.version = KUCOMMS_ABI_VERSION;
-		setup.features = KUCOMMS_FEATURES;
+		setup.features = KUCOMMS_MODULE_FEATURES;
 		if (copy_to_user(argument, &setup, sizeof(setup)))
 			return -EFAULT;
 	}
@@ -441,6 +444,14 @@ static long device_ioctl(struct file *file, unsigned int command,
 	case KUCOMMS_IOC_WAIT:
 		return channel ? ioctl_wait(file, channel, argument) :
 				 -ENOTCONN;
+	case KUCOMMS_IOC_OPEN_POOL:
+		return channel ? ended(channel) ?:
+				 kucomms_ioctl_open_pool(channel, argument) :
+				 -ENOTCONN;
+	case KUCOMMS_IOC_CLOSE_POOL:
+		return channel ? ended(channel) ?:
+				 kucomms_ioctl_close_pool(channel, argument) :
+				 -ENOTCONN;
 	default:
 		return -ENOTTY;
 	}
@@ -470,7 +481,10 @@ static int device_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct kucomms_channel *channel = channel_of(file);
 
-	return channel ? kucomms_channel_mmap(channel, vma) : -ENOTCONN;
+	if (!channel)
+		return -ENOTCONN;
+	return kucomms_is_of_pool(vma) ? kucomms_pool_mmap(channel, vma) :
+					 kucomms_channel_mmap(channel, vma);
 }
 
 const struct file_operations kucomms_fops = {

@@ -257,8 +257,11 @@ struct kucomms_wait {
 	__s64 timeout_ns;
 };
 
-/* The pages are physically contiguous. */
-#define KUCOMMS_POOL_CONTIGUOUS	0x1
+/* The pages are physically contiguous: at most as many as the page allocator has. */
+#define KUCOMMS_POOL_CONTIGUOUS		0x1
+#define KUCOMMS_POOL_CONTIGUOUS_MAX	0x400000ULL	/* bytes */
+
+#define KUCOMMS_POOL_MAX		0x100000000ULL	/* bytes of a pool */
 
 /**
  * struct kucomms_pool_request - KUCOMMS_IOC_OPEN_POOL, KUCOMMS_IOC_CLOSE_POOL
@@ -270,10 +273,17 @@ struct kucomms_wait {
  *
  * A pool that the user allocates in. Its pages are ordinary ones, which can be
  * pinned, and are charged to the caller's cgroup. Closed: what the kernel holds of
- * it stays until it is let go, and so do mappings.
+ * it stays until it is let go, and so do mappings; all that was sent before is
+ * still received. Until nothing is left of it, it counts as one of
+ * KUCOMMS_POOLS_MAX.
  *
- * ENOTCONN before the set-up; EOPNOTSUPP the feature is not in force; EINVAL;
- * ENOMEM; EMFILE too many pools; ENOENT no such pool of the user's; ESHUTDOWN.
+ * ENOTCONN before the set-up; EOPNOTSUPP the feature is not in force; EINVAL, also
+ * for more than KUCOMMS_POOL_MAX or KUCOMMS_POOL_CONTIGUOUS_MAX; ENOMEM; EMFILE too
+ * many pools; ENOENT no such pool of the user's; ESHUTDOWN, EPROTO as
+ * KUCOMMS_IOC_WAIT.
+ *
+ * mmap() of a pool: MAP_SHARED, not for execution; all of it or some, any number
+ * of times. ENOENT there is no such pool (any more).
  */
 struct kucomms_pool_request {
 	__u64 size;
