@@ -40,8 +40,8 @@
 #define POOL_MOST	BIT(29)	/* of each side, in the life of a channel */
 #define PAY_MOST	8	/* frames in a row, with interrupts off */
 
-#define GFP_POOL	(GFP_KERNEL_ACCOUNT | __GFP_NOWARN | \
-			 __GFP_RETRY_MAYFAIL)
+#define KUCOMMS_GFP_POOL (GFP_KERNEL_ACCOUNT | __GFP_NOWARN | \
+			  __GFP_RETRY_MAYFAIL)
 
 /* Of the state of a buffer, or of news. */
 enum {
@@ -188,7 +188,7 @@ static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 	    flags & ~KUCOMMS_POOL_CONTIGUOUS ||
 	    (flags && size > KUCOMMS_POOL_CONTIGUOUS_MAX))
 		return ERR_PTR(-EINVAL);
-	pool = kzalloc(sizeof(*pool), GFP_POOL);
+	pool = kzalloc(sizeof(*pool), KUCOMMS_GFP_POOL);
 	if (!pool)
 		return ERR_PTR(-ENOMEM);
 	pool->channel = channel;
@@ -199,8 +199,8 @@ static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 	atomic_set(&pool->gone.state, CLOSED);
 	INIT_WORK(&pool->release, pool_release);
 	pool->pages = kucomms_pages_list(count);
-	pool->used = kvcalloc(BITS_TO_LONGS(count), sizeof(long), GFP_POOL);
-	pool->buffers = kvcalloc(count, sizeof(*pool->buffers), GFP_POOL);
+	pool->used = kvcalloc(BITS_TO_LONGS(count), sizeof(long), KUCOMMS_GFP_POOL);
+	pool->buffers = kvcalloc(count, sizeof(*pool->buffers), KUCOMMS_GFP_POOL);
 	if (!pool->pages || !pool->used || !pool->buffers)
 		goto err_free;
 	if (flags & KUCOMMS_POOL_CONTIGUOUS)
@@ -338,14 +338,12 @@ void kucomms_pools_sweep(struct kucomms_channel *channel)
 	if (!pools || !atomic_read(&pools->sweep) ||
 	    !atomic_xchg(&pools->sweep, 0))
 		return;
-	for (i = 0; i < KUCOMMS_POOLS_MAX; i++) {
-		pool = smp_load_acquire(&pools->slots[1][i]);
-		if (pool)
-			let_go_if_passed(pool);
-	}
 	for (side = 0; side < 2; side++) {
 		for (i = 0; i < KUCOMMS_POOLS_MAX; i++) {
+			/* pairs with smp_store_release() in add_pool() */
 			pool = smp_load_acquire(&pools->slots[side][i]);
+			if (pool && side)
+				let_go_if_passed(pool);
 			if (!pool || refcount_read(&pool->refs))
 				continue;
 			spin_lock(&pools->lock);
@@ -360,7 +358,7 @@ void kucomms_pools_sweep(struct kucomms_channel *channel)
 /* Have room for the pools of a channel, and let messages have buffers. */
 int kucomms_pools_new(struct kucomms_channel *channel)
 {
-	struct kucomms_pools *pools = kzalloc(sizeof(*pools), GFP_POOL);
+	struct kucomms_pools *pools = kzalloc(sizeof(*pools), KUCOMMS_GFP_POOL);
 
 	if (!pools)
 		return -ENOMEM;
@@ -422,7 +420,7 @@ static_assert(offsetof(struct kucomms_pool_request, offset) == 16);
 /* The sides end where the pools begin. */
 static_assert(2 * (KUCOMMS_RING_MAX + KUCOMMS_CONTROL_PAGES * PAGE_SIZE) <=
 	      (u64)POOL_FIRST << POOL_SHIFT);
-static_assert(KUCOMMS_POOL_MAX <= BIT_ULL(POOL_SHIFT));
+static_assert(BIT_ULL(POOL_SHIFT) >= KUCOMMS_POOL_MAX);
 
 /* Not before all that was sent is received that may name it. */
 static void close_users_pool(struct kucomms_pool *pool)

@@ -478,13 +478,15 @@ static int look_ahead(struct kucomms_channel *channel)
 		ahead.position = pools->ahead;
 	for (count = 0; count < KUCOMMS_BATCH && !err; count++) {
 		err = kucomms_ring_peek(&ahead, &view);
-		if (err == KUCOMMS_SKIPPED)
+		if (err < 0)
+			break;
+		if (err == KUCOMMS_SKIPPED) {
 			err = 0;
-		else if (!err) {
-			if (view.flags & KUCOMMS_FLAG_NOTICE)
-				err = kucomms_buffers_returned(channel, &view);
-			kucomms_ring_advance(&ahead, &view);
+			continue;
 		}
+		if (view.flags & KUCOMMS_FLAG_NOTICE)
+			err = kucomms_buffers_returned(channel, &view);
+		kucomms_ring_advance(&ahead, &view);
 	}
 	pools->ahead = ahead.position;
 	/* Once more, or have the user ring for what comes next. */
