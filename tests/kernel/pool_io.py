@@ -20,7 +20,8 @@ from tests.kernel.raw_device import PAGE, PATIENCE
 PAGES = 16
 """Of the device, first those that are written, then those that are read."""
 OLD, DISK = b"o", b"d"
-WRITTEN, READ = PAGES * PAGE, PAGES * PAGE
+WRITTEN = PAGES * PAGE
+SIZE = 2 * WRITTEN
 
 _ENTRY = struct.Struct("=BBHiQQIIQHHiQQ")  # struct io_uring_sqe
 
@@ -69,8 +70,8 @@ def main():
     device, engine, how = sys.argv[1:]
     fd = os.open(device, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     channel = PoolDevice()
-    pool = channel.open_pool(2 * PAGES * PAGE)
-    pool.write(0, OLD * 2 * PAGES * PAGE)
+    pool = channel.open_pool(SIZE)
+    pool.write(0, OLD * SIZE)
     keep = (by_uring if engine == "uring" else by_threads)(fd, pool)
     give_up = time.monotonic() + PATIENCE
     while in_flight(device) < 2 * PAGES:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import mmap
 import os
 import random
 import select
@@ -338,6 +339,23 @@ def test_pools_are_charged_to_who_opens_them(tmp_path):
     finally:
         wait_until(lambda: not (group / "cgroup.procs").read_text())
         group.rmdir()
+
+
+def mem_available():
+    text = Path("/proc/meminfo").read_text()
+    return int(text.split("MemAvailable:")[1].split()[0]) << 10
+
+
+def test_all_memory_comes_back():
+    before = mem_available()
+    size = 32 << 20
+    for _ in range(20):
+        with PoolDevice() as device:
+            pool = device.open_pool(size)
+            pool.write(0, b"x" * size)
+            device.open_pool(4 << 20, CONTIGUOUS)
+    wait_until(lambda: counters()["pages"] == 0)
+    wait_until(lambda: mem_available() > before - 10 * size)
 
 
 # ---- buffers of the user --------------------------------------------------------
@@ -882,18 +900,30 @@ def slow_device():
 
     if not Path("/dev/ram0").exists():
         pytest.skip("this kernel has no brd, neither built in nor as a module")
-    sectors = 2 * pool_io.PAGES * PAGE // 512
+    sectors = pool_io.SIZE // 512
     try:
         dmsetup("create", "kucomms_slow", "--table", f"0 {sectors} delay /dev/ram0 0 3600000")
     except (FileNotFoundError, subprocess.CalledProcessError):
         pytest.skip("this kernel has no dm-delay, or there is no dmsetup")
-    yield dmsetup
+
+    def let_go():
+        dmsetup("suspend", "--nolockfs", "kucomms_slow")
+        dmsetup("resume", "kucomms_slow")
+
+    yield let_go
     dmsetup("remove", "--retry", "kucomms_slow")
 
 
-def mem_available():
-    text = Path("/proc/meminfo").read_text()
-    return int(text.split("MemAvailable:")[1].split()[0]) << 10
+def on_disk(call, data):
+    """Write or read the first bytes of the device below, past all caches."""
+    with mmap.mmap(-1, len(data)) as memory:
+        memory[:] = data
+        fd = os.open("/dev/ram0", os.O_RDWR | os.O_DIRECT)
+        try:
+            assert call(fd, [memory], 0) == len(data)
+        finally:
+            os.close(fd)
+        return memory[:]
 
 
 @pytest.mark.parametrize("engine", ["threads", "uring"])
@@ -901,8 +931,7 @@ def mem_available():
 def test_io_under_way_when_the_process_dies(slow_device, engine, how):
     """What it had begun ends on the pages that it had; nobody else has got them before that."""
     path = "/dev/mapper/kucomms_slow"
-    with open("/dev/ram0", "wb") as file:
-        file.write(pool_io.DISK * 2 * pool_io.PAGES * PAGE)
+    on_disk(os.pwritev, pool_io.DISK * pool_io.SIZE)
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.kernel.pool_io", path, engine, how],
         cwd=ROOT,
@@ -925,27 +954,26 @@ def test_io_under_way_when_the_process_dies(slow_device, engine, how):
                 assert pool.read(0, pool.size) == bytes(pool.size)
                 pool.write(0, b"n" * pool.size)
             assert pool_io.in_flight(path) == 2 * pool_io.PAGES
-            slow_device("suspend", "kucomms_slow")  # all that is kept goes on
-            slow_device("resume", "kucomms_slow")
+            slow_device()
             process.wait(PATIENCE)
             wait_until(lambda: not pool_io.in_flight(path))
             for pool in new:
                 assert pool.read(0, pool.size) == b"n" * pool.size
     finally:
         process.kill()
-        slow_device("suspend", "kucomms_slow")
-        slow_device("resume", "kucomms_slow")
+        slow_device()
         process.wait(PATIENCE)
         process.stdout.close()
-    with open("/dev/ram0", "rb") as file:
-        content = file.read(2 * pool_io.PAGES * PAGE)
-    assert content == pool_io.OLD * pool_io.WRITTEN + pool_io.DISK * pool_io.READ
+    assert on_disk(os.preadv, bytes(pool_io.SIZE)) == (
+        pool_io.OLD * pool_io.WRITTEN + pool_io.DISK * pool_io.WRITTEN
+    )
 
 
 @pytest.mark.parametrize("owner", ["user", "kernel"])
 def test_direct_io_on_the_pages(slow_device, owner):
-    """Not through the slow device: what is read is seen by the kernel, what it writes is written."""
-    with PoolDevice() as device, open("/dev/ram0", "rb+") as file:
+    """What is read from a disk is seen by the kernel, and what that writes can be written there."""
+    on_disk(os.pwritev, b"\5" * PAGE)
+    with PoolDevice() as device:
         pool = device.open_pool(4 * PAGE) if owner == "user" else kernel_pool(device)
         buffer = pool.buffer(0, PAGE)
         if owner == "kernel":
@@ -953,9 +981,6 @@ def test_direct_io_on_the_pages(slow_device, owner):
             device.message()
             device.ask(Do.SEND_KEPT)
             assert device.message()[0].buffers == [buffer]
-        file.write(b"\5" * PAGE)
-        file.flush()
-        os.fsync(file.fileno())
         fd = os.open("/dev/ram0", os.O_RDWR | os.O_DIRECT)
         try:
             assert os.preadv(fd, [pool.view(0, PAGE)], 0) == PAGE
