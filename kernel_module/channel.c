@@ -76,7 +76,7 @@ static void fill_geometry(struct kucomms_geometry *geometry, u64 ring_size)
 	geometry->magic = KUCOMMS_MAGIC;
 	geometry->version = KUCOMMS_ABI_VERSION;
 	geometry->side = 0;
-	geometry->features = KUCOMMS_FEATURES;
+	geometry->features = 0;
 	geometry->page_size = PAGE_SIZE;
 	geometry->ring_size = ring_size;
 	geometry->producer_offset = PAGE_SIZE;

@@ -101,7 +101,7 @@ static void answer_setup(struct kucomms_setup *setup,
 
 	memset(setup, 0, sizeof(*setup));
 	setup->version = KUCOMMS_ABI_VERSION;
-	setup->features = KUCOMMS_FEATURES;
+	setup->features = 0;
 	setup->ring_size = channel->ring_size;
 	setup->page_size = PAGE_SIZE;
 	setup->side_size = side_size;

@@ -206,7 +206,7 @@ def _check_record(url: str, data: bytes, step: int) -> Any:
         )
     if (
         record.step != step
-        or record.reserved
+        or record.pool
         or record.hello_length > lib.KUCOMMS_HELLO_MAX
         or record.flags & ~lib.KUCOMMS_RENDEZVOUS_FLAGS
     ):
