@@ -1808,8 +1808,8 @@ PyDoc_STRVAR(drain_socket_doc,
 "drain_socket(fd) -> status\n\n"
 "Take the doorbells off a socket, never blocking. OK: it is empty. FULL: there is\n"
 "more than can be read in one go. CLOSED: it has ended. PROTOCOL: there was\n"
-"something else than doorbells. If it was files, they are left in it: to drop one can\n"
-"block for as long as its owner likes.");
+"something else than doorbells, which is left in it. If it was files, so is what comes\n"
+"with them: to drop one can block for as long as its owner likes.");
 
 static PyObject *drain_socket(PyObject *module, PyObject *fd)
 {
@@ -1830,10 +1830,12 @@ static PyObject *drain_socket(PyObject *module, PyObject *fd)
 		message.msg_iov = &part;
 		message.msg_iovlen = 1;
 		size = recvmsg((int)number, &message, MSG_PEEK | MSG_DONTWAIT);
-		if (size > 0 && message.msg_flags & MSG_CTRUNC)
+		for (at = 0; at < size && bells[at] == 1; at++)
+			;
+		if (size > 0 && (!at || message.msg_flags & MSG_CTRUNC))
 			return from_status(PROTOCOL);
 		if (size > 0)
-			size = recv((int)number, bells, (size_t)size,
+			size = recv((int)number, bells, (size_t)at,
 				    MSG_DONTWAIT);
 		if (size < 0 && errno == EINTR)
 			continue;
@@ -1841,9 +1843,6 @@ static PyObject *drain_socket(PyObject *module, PyObject *fd)
 			return from_status(OK);
 		if (size <= 0)
 			return from_status(CLOSED);
-		for (at = 0; at < size; at++)
-			if (bells[at] != 1)
-				return from_status(PROTOCOL);
 	}
 	return from_status(FULL);
 }
