@@ -82,7 +82,7 @@ static_assert(offsetof(struct kucomms_setup, channel) == 124);
 static int check_setup(const struct kucomms_setup *setup)
 {
 	if (setup->version != KUCOMMS_ABI_VERSION ||
-	    setup->features & ~KUCOMMS_MODULE_FEATURES)
+	    setup->features & ~KUCOMMS_FEATURES)
 		return -EPROTONOSUPPORT;
 	if (setup->hello_length > KUCOMMS_HELLO_MAX || setup->page_size ||
 	    setup->side_size || setup->side_offset[0] ||
@@ -312,7 +312,7 @@ static long ioctl_setup(struct kucomms_file *kfile, void __user *argument)
 	err = check_setup(&setup);
 	if (err == -EPROTONOSUPPORT) {
 		setup.version = KUCOMMS_ABI_VERSION;
-		setup.features = KUCOMMS_MODULE_FEATURES;
+		setup.features = KUCOMMS_FEATURES;
 		if (copy_to_user(argument, &setup, sizeof(setup)))
 			return -EFAULT;
 	}

@@ -58,7 +58,6 @@
 #define KUCOMMS_HOLD_LIMIT	BITS_PER_LONG
 #define KUCOMMS_BUSY_POLL_LIMIT	(100 * NSEC_PER_MSEC)
 #define KUCOMMS_PUT_MAX		2048	/* bytes copied with interrupts off */
-#define KUCOMMS_MODULE_FEATURES	KUCOMMS_FEATURE_POOLS	/* that we know */
 /* Pages that users pay for: their limit is to be an error, and kill nobody. */
 #define KUCOMMS_GFP_PAGES	(GFP_KERNEL_ACCOUNT | __GFP_ZERO | \
 				 __GFP_NOWARN | __GFP_RETRY_MAYFAIL)

@@ -18,7 +18,7 @@ static void side_init(struct side *side, struct kucomms_channel *channel,
 {
 	uint64_t size = kucomms_ring_size(RING_SIZE);
 
-	CHECK(!kucomms_channel_init(channel, own, size, side->fd,
+	CHECK(!kucomms_channel_init(channel, own, size, 0, side->fd,
 				    side->offset +
 				    own * kucomms_side_size(size)));
 }

@@ -12,15 +12,20 @@ from typing import Any
 
 from kucomms._core import _setup  # type: ignore[attr-defined]
 from kucomms._core._ring import (
+    CARRIED_MAX,
     CLOSED,
     EMPTY,
+    FLAG_NOTICE,
     FLAG_REPLY,
     FORKED,
     FULL,
     HEADER_SIZE,
+    KIND_BUFFER,
+    KIND_POOL,
     MORE,
     OK,
     PAUSE,
+    POOLS_MAX,
     PROTOCOL,
     STATE_CLOSED,
     STATE_OPEN,
@@ -41,16 +46,21 @@ from kucomms._core._ring import (
 from kucomms.exceptions import ProtocolError, TransportError, VersionError
 
 __all__ = [
+    "CARRIED_MAX",
     "CLOSED",
     "EMPTY",
+    "FLAG_NOTICE",
     "FLAG_REPLY",
     "FORKED",
     "FULL",
     "HEADER_SIZE",
+    "KIND_BUFFER",
+    "KIND_POOL",
     "MORE",
     "NAME_MAX",
     "OK",
     "PAUSE",
+    "POOLS_MAX",
     "PROTOCOL",
     "STATE_CLOSED",
     "STATE_OPEN",
@@ -149,14 +159,17 @@ def shm_unlink(name: str) -> None:
 class HalfChannel:
     """A channel of which our own side is mapped; ``attach`` adds the peer's.
 
-    ``own``: our side, 0 or 1; ``fd``, ``offset``: where our pages are.
+    ``own``: our side, 0 or 1; ``fd``, ``offset``: where our pages are; ``features``: those
+    in force.
     """
 
-    def __init__(self, url: str, own: int, ring_size: int, fd: int, offset: int) -> None:
+    def __init__(
+        self, url: str, own: int, ring_size: int, fd: int, offset: int, features: int = 0
+    ) -> None:
         self._url = url
         self._pid = os.getpid()
         err = _ffi.new("int *")
-        self._pointer = lib.setup_channel_new(own, ring_size, fd, offset, err)
+        self._pointer = lib.setup_channel_new(own, ring_size, features, fd, offset, err)
         if not self._pointer:
             raise os_error(-err[0], f"{url}: cannot map {ring_size} bytes of ring")
 
@@ -185,9 +198,9 @@ class HalfChannel:
         self._pointer = None
 
 
-def map_memory(fd: int, size: int) -> int:
-    """Map a file of pages, not for a forked child. Its address. Raises OSError."""
-    address = int(lib.setup_map(fd, size))
+def map_memory(fd: int, size: int, offset: int = 0) -> int:
+    """Map pages of a file, not for a forked child. Their address. Raises OSError."""
+    address = int(lib.setup_map(fd, size, offset))
     if address < 0:
         raise OSError(-address, os.strerror(-address))
     return address

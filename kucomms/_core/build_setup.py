@@ -18,12 +18,15 @@ ffi.cdef("""
     #define KUCOMMS_MAGIC ...
     #define KUCOMMS_ABI_VERSION ...
     #define KUCOMMS_FEATURES ...
+    #define KUCOMMS_FEATURE_POOLS ...
     #define KUCOMMS_NAME_MAX ...
     #define KUCOMMS_HELLO_MAX ...
     #define KUCOMMS_SETUP_NUMBER ...
     #define KUCOMMS_STEP_HELLO ...
     #define KUCOMMS_STEP_SETUP ...
     #define KUCOMMS_STEP_ATTACH ...
+    #define KUCOMMS_STEP_POOL ...
+    #define KUCOMMS_STEP_MAPPED ...
     #define KUCOMMS_SEALED ...
     #define KUCOMMS_EVENTFDS ...
     #define KUCOMMS_RENDEZVOUS_FLAGS ...
@@ -43,7 +46,7 @@ ffi.cdef("""
         uint32_t status;
         uint32_t flags;
         uint32_t hello_length;
-        uint32_t reserved;
+        uint32_t pool;
         uint8_t hello[64];
     };
 
@@ -71,11 +74,11 @@ ffi.cdef("""
     int setup_shm_create(const char *name);
     int setup_shm_unlink(const char *name);
     struct kucomms_channel *setup_channel_new(uint32_t own, uint64_t ring_size,
-                                              int fd, uint64_t offset, int *err);
+                                              uint64_t features, int fd, uint64_t offset, int *err);
     int kucomms_channel_attach(struct kucomms_channel *channel, int fd,
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
-    intptr_t setup_map(int fd, size_t size);
+    intptr_t setup_map(int fd, size_t size, int64_t offset);
     void setup_populate(uintptr_t at, size_t size);
     int setup_unmap(uintptr_t at, size_t size);
     int setup_fill_hole(uintptr_t at, size_t size);
@@ -142,8 +145,8 @@ ffi.set_source(
     }
 
     static struct kucomms_channel *
-    setup_channel_new(uint32_t own, uint64_t ring_size, int fd,
-                      uint64_t offset, int *err)
+    setup_channel_new(uint32_t own, uint64_t ring_size, uint64_t features,
+                      int fd, uint64_t offset, int *err)
     {
         struct kucomms_channel *channel = malloc(sizeof(*channel));
 
@@ -151,7 +154,7 @@ ffi.set_source(
             *err = -ENOMEM;
             return NULL;
         }
-        *err = kucomms_channel_init(channel, own, ring_size, fd, offset);
+        *err = kucomms_channel_init(channel, own, ring_size, features, fd, offset);
         if (*err) {
             free(channel);
             return NULL;
@@ -166,9 +169,9 @@ ffi.set_source(
     }
 
     /* Not for a forked child. Return: where, or -errno. */
-    static intptr_t setup_map(int fd, size_t size)
+    static intptr_t setup_map(int fd, size_t size, int64_t offset)
     {
-        void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
 
         if (at == MAP_FAILED)
             return -errno;

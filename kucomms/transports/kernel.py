@@ -170,7 +170,8 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
             )
         # An epoll that was told before the set-up would not hear of what comes after it.
         epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
-        half = _core.HalfChannel(url, 1, ring_size, fd, int(record.side_offset[1]))
+        features = int(record.features)
+        half = _core.HalfChannel(url, 1, ring_size, fd, int(record.side_offset[1]), features)
         channel = half.attach(fd, int(record.side_offset[0]))
     except BaseException as error:
         if half is not None:

@@ -827,7 +827,7 @@ static const struct mistake mistakes[] = {
 	{ AT(flags) + 3, 128, -EPROTO },
 	{ AT(hello_length), 65, -EPROTO },
 	{ AT(hello_length) + 3, 128, -EPROTO },
-	{ AT(reserved), 1, -EPROTO },
+	{ AT(pool), 1, -EPROTO },
 };
 
 static void *connect_with_mistake(void *argument)
@@ -920,7 +920,7 @@ static int answer_file(const struct answer *answer)
 	CHECK(fd >= 0);
 	CHECK(!ftruncate(fd, (off_t)answer->file_size));
 	kucomms_geometry_fill(&geometry, answer->side,
-			      answer->record.ring_size);
+			      answer->record.ring_size, 0);
 	CHECK(pwrite(fd, &geometry, sizeof(geometry), 0) ==
 	      (ssize_t)sizeof(geometry));
 	return fd;

@@ -44,8 +44,9 @@ static void pair_open(struct pair *pair, uint64_t asked)
 	pair->raw = mmap(NULL, 2 * pair->side, PROT_READ | PROT_WRITE,
 			 MAP_SHARED, fd, 0);
 	CHECK(pair->raw != MAP_FAILED);
-	CHECK(!kucomms_channel_init(&pair->a, 0, pair->size, fd, 0));
-	CHECK(!kucomms_channel_init(&pair->b, 1, pair->size, fd, pair->side));
+	CHECK(!kucomms_channel_init(&pair->a, 0, pair->size, 0, fd, 0));
+	CHECK(!kucomms_channel_init(&pair->b, 1, pair->size, 0, fd,
+				    pair->side));
 	CHECK(!kucomms_channel_attach(&pair->a, fd, pair->side));
 	CHECK(!kucomms_channel_attach(&pair->b, fd, 0));
 	close(fd);
@@ -1088,19 +1089,19 @@ static void test_geometry(void)
 	size_t i;
 	int bit;
 
-	kucomms_geometry_fill(&good, 1, 8192);
-	CHECK(!kucomms_geometry_check(&good, 1, 8192));
-	CHECK(kucomms_geometry_check(&good, 0, 8192) == -EPROTO);
-	CHECK(kucomms_geometry_check(&good, 1, 4096) == -EPROTO);
+	kucomms_geometry_fill(&good, 1, 8192, 0);
+	CHECK(!kucomms_geometry_check(&good, 1, 8192, 0));
+	CHECK(kucomms_geometry_check(&good, 0, 8192, 0) == -EPROTO);
+	CHECK(kucomms_geometry_check(&good, 1, 4096, 0) == -EPROTO);
 	bad = good;
 	bad.magic++;
-	CHECK(kucomms_geometry_check(&bad, 1, 8192) == -EPROTO);
+	CHECK(kucomms_geometry_check(&bad, 1, 8192, 0) == -EPROTO);
 	bad = good;
 	bad.version++;
-	CHECK(kucomms_geometry_check(&bad, 1, 8192) == -EPROTONOSUPPORT);
+	CHECK(kucomms_geometry_check(&bad, 1, 8192, 0) == -EPROTONOSUPPORT);
 	bad = good;
 	bad.features = 1ULL << 40;
-	CHECK(kucomms_geometry_check(&bad, 1, 8192) == -EPROTONOSUPPORT);
+	CHECK(kucomms_geometry_check(&bad, 1, 8192, 0) == -EPROTONOSUPPORT);
 	/* Each bit of it counts. */
 	for (i = 0; i < words; i++) {
 		for (bit = 0; bit < 64; bit++) {
@@ -1108,7 +1109,7 @@ static void test_geometry(void)
 			memcpy(&word, (char *)&bad + 8 * i, 8);
 			word ^= 1ULL << bit;
 			memcpy((char *)&bad + 8 * i, &word, 8);
-			CHECK(kucomms_geometry_check(&bad, 1, 8192));
+			CHECK(kucomms_geometry_check(&bad, 1, 8192, 0));
 		}
 	}
 }
@@ -1123,7 +1124,7 @@ static void test_attach_refused(void)
 	fd = memfd_create("ring_test", MFD_CLOEXEC);
 	CHECK(fd >= 0);
 	CHECK(!ftruncate(fd, (off_t)(2 * side)));
-	CHECK(!kucomms_channel_init(&channel, 0, page, fd, 0));
+	CHECK(!kucomms_channel_init(&channel, 0, page, 0, fd, 0));
 	/* The other side has not written anything yet. */
 	CHECK(kucomms_channel_attach(&channel, fd, side) == -EPROTO);
 	/* Our own pages are not the other side's. */
@@ -1131,7 +1132,7 @@ static void test_attach_refused(void)
 	CHECK(!channel.side[1].control && !channel.side[1].data);
 	CHECK(kucomms_channel_attach(&channel, -1, side) == -EBADF);
 	kucomms_channel_destroy(&channel);
-	CHECK(kucomms_channel_init(&channel, 0, page, -1, 0) == -EBADF);
+	CHECK(kucomms_channel_init(&channel, 0, page, 0, -1, 0) == -EBADF);
 	close(fd);
 }
 

@@ -426,8 +426,8 @@ static void channels_open(struct kucomms_channel *a, struct kucomms_channel *b)
 
 	CHECK(fd >= 0);
 	CHECK(!ftruncate(fd, (off_t)(2 * side)));
-	CHECK(!kucomms_channel_init(a, 0, size, fd, 0));
-	CHECK(!kucomms_channel_init(b, 1, size, fd, side));
+	CHECK(!kucomms_channel_init(a, 0, size, 0, fd, 0));
+	CHECK(!kucomms_channel_init(b, 1, size, 0, fd, side));
 	CHECK(!kucomms_channel_attach(a, fd, side));
 	CHECK(!kucomms_channel_attach(b, fd, 0));
 	close(fd);

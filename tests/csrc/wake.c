@@ -241,8 +241,8 @@ int main(int argc, char **argv)
 		seconds = strtoll(argv[1], NULL, 0);
 	CHECK(fd >= 0);
 	CHECK(!ftruncate(fd, (off_t)(2 * side)));
-	CHECK(!kucomms_channel_init(&a, 0, size, fd, 0));
-	CHECK(!kucomms_channel_init(&b, 1, size, fd, side));
+	CHECK(!kucomms_channel_init(&a, 0, size, 0, fd, 0));
+	CHECK(!kucomms_channel_init(&b, 1, size, 0, fd, side));
 	CHECK(!kucomms_channel_attach(&a, fd, side));
 	CHECK(!kucomms_channel_attach(&b, fd, 0));
 	close(fd);

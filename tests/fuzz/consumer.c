@@ -194,10 +194,10 @@ static void our_call(const struct operation *operation)
 		break;
 	case 13:
 		/* Said to be right: then it was at one moment. */
-		kucomms_geometry_fill(&expected, 0, RING_SIZE);
+		kucomms_geometry_fill(&expected, 0, RING_SIZE, b.features);
 		is_right = !memcmp(geometry, &expected, sizeof(expected));
 		begin(geometry);
-		result = kucomms_geometry_check(geometry, 0, RING_SIZE);
+		result = kucomms_geometry_check(geometry, 0, RING_SIZE, b.features);
 		CHECK(result == (is_right ? 0 : -EPROTO) ||
 		      (!is_right && result == -EPROTONOSUPPORT));
 		break;

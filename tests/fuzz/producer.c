@@ -228,9 +228,9 @@ static void our_call(const struct operation *operation)
 		break;
 	case 14:
 		/* Side 1's pages cannot pass for side 0's, nor for other sizes. */
-		kucomms_geometry_fill(&expected, 1, RING_SIZE);
+		kucomms_geometry_fill(&expected, 1, RING_SIZE, 0);
 		result = kucomms_geometry_check(&expected, operation->x & 1,
-						RING_SIZE << (operation->y & 1));
+						RING_SIZE << (operation->y & 1), 0);
 		CHECK(result == (operation->x & 1 && !(operation->y & 1) ?
 				 0 : -EPROTO));
 		break;

@@ -77,13 +77,13 @@ int main(void)
 
 	fd = memfd_create("setup", MFD_CLOEXEC);
 	CHECK(fd >= 0 && !ftruncate(fd, (off_t)(2 * side)));
-	CHECK(!kucomms_channel_init(&b, 1, size, fd, side));
+	CHECK(!kucomms_channel_init(&b, 1, size, 0, fd, side));
 	init_calls = calls;
 	for (failing = 1;; failing++) {
 		size_t before = mapped;
 
 		calls = 0;
-		err = kucomms_channel_init(&a, 0, size, fd, 0);
+		err = kucomms_channel_init(&a, 0, size, 0, fd, 0);
 		if (err) {
 			CHECK(err == -ENOMEM && failing <= init_calls);
 			CHECK(mapped == before);

@@ -225,7 +225,8 @@ static void world_open(void)
 	raw = mmap(NULL, 2 * side, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	CHECK(raw != MAP_FAILED);
 	for (i = 0; i < 2; i++)
-		CHECK(!kucomms_channel_init(channels[i], i, RING_SIZE, fd,
+		CHECK(!kucomms_channel_init(channels[i], i, RING_SIZE,
+					    KUCOMMS_FEATURE_POOLS, fd,
 					    i * side));
 	for (i = 0; i < 2; i++)
 		CHECK(!kucomms_channel_attach(channels[i], fd, !i * side));
@@ -247,9 +248,10 @@ static void world_reset(uint64_t position)
 	memset(raw_producer, 0, sizeof(*raw_producer));
 	memset(raw_consumer, 0, sizeof(*raw_consumer));
 	memset(raw_data, 0, RING_SIZE);
-	kucomms_geometry_fill((struct kucomms_geometry *)raw, 0, RING_SIZE);
+	kucomms_geometry_fill((struct kucomms_geometry *)raw, 0, RING_SIZE,
+			      KUCOMMS_FEATURE_POOLS);
 	kucomms_geometry_fill((struct kucomms_geometry *)(raw + side), 1,
-			      RING_SIZE);
+			      RING_SIZE, KUCOMMS_FEATURE_POOLS);
 	kucomms_ring_producer_init(&a.tx, a.tx.own, a.tx.peer, a.tx.data,
 				   RING_SIZE);
 	kucomms_ring_consumer_init(&b.rx, b.rx.own, b.rx.peer, b.rx.data,

@@ -254,7 +254,7 @@ static int device_open(const char *path, struct kucomms_channel *channel)
 {
 	struct kucomms_setup setup = {
 		.version = KUCOMMS_ABI_VERSION,
-		.features = KUCOMMS_FEATURES,
+		.features = 0,
 		.ring_size = RING_SIZE,
 	};
 	int file = open(path, O_RDWR | O_CLOEXEC), err;
@@ -263,7 +263,8 @@ static int device_open(const char *path, struct kucomms_channel *channel)
 		return -errno;
 	err = ioctl(file, KUCOMMS_IOC_SETUP, &setup) ? -errno : 0;
 	if (!err)
-		err = kucomms_channel_init(channel, 1, setup.ring_size, file,
+		err = kucomms_channel_init(channel, 1, setup.ring_size,
+					   setup.features, file,
 					   (uint64_t)setup.side_offset[1]);
 	if (!err) {
 		err = kucomms_channel_attach(channel, file, (uint64_t)setup.side_offset[0]);

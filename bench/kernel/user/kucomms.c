@@ -33,7 +33,7 @@ static int open_device(const char *path)
 	device = open(path, O_RDWR | O_CLOEXEC);
 	if (device < 0 || ioctl(device, KUCOMMS_IOC_SETUP, &setup))
 		return -errno;
-	err = kucomms_channel_init(&channel, 1, setup.ring_size, device,
+	err = kucomms_channel_init(&channel, 1, setup.ring_size, setup.features, device,
 				   (uint64_t)setup.side_offset[1]);
 	if (err)
 		return err;

@@ -38,6 +38,7 @@ struct kucomms_channel {
 	struct kucomms_side side[2];
 	uint64_t ring_size;
 	uint64_t page_size;
+	uint64_t features;		/* in force */
 	uint32_t own;			/* our side: 0 or 1 */
 	/* counters: sent under the lock, received by the consumer's thread */
 	uint64_t messages_sent;
@@ -136,7 +137,8 @@ err_errno:
 }
 
 static inline void kucomms_geometry_fill(struct kucomms_geometry *geometry,
-					 uint32_t side, uint64_t ring_size)
+					 uint32_t side, uint64_t ring_size,
+					 uint64_t features)
 {
 	uint64_t page = kucomms_page_size();
 
@@ -144,7 +146,7 @@ static inline void kucomms_geometry_fill(struct kucomms_geometry *geometry,
 	geometry->magic = KUCOMMS_MAGIC;
 	geometry->version = KUCOMMS_ABI_VERSION;
 	geometry->side = side;
-	geometry->features = KUCOMMS_FEATURES;
+	geometry->features = features;
 	geometry->page_size = page;
 	geometry->ring_size = ring_size;
 	geometry->producer_offset = page;
@@ -155,20 +157,21 @@ static inline void kucomms_geometry_fill(struct kucomms_geometry *geometry,
 
 /*
  * Is this the geometry that was agreed on? Return: 0, -EPROTO when it is not a
- * kucomms channel of this size, -EPROTONOSUPPORT when it is one of a version or
+ * kucomms channel of this kind, -EPROTONOSUPPORT when it is one of a version or
  * with features that we do not know.
  */
 static inline int kucomms_geometry_check(const struct kucomms_geometry *shared,
-					 uint32_t side, uint64_t ring_size)
+					 uint32_t side, uint64_t ring_size,
+					 uint64_t features)
 {
 	struct kucomms_geometry expected, seen;
 
 	memcpy(&seen, shared, sizeof(seen));	/* once: the peer may write it */
-	kucomms_geometry_fill(&expected, side, ring_size);
+	kucomms_geometry_fill(&expected, side, ring_size, features);
 	if (seen.magic != expected.magic)
 		return -EPROTO;
 	if (seen.version != expected.version ||
-	    seen.features & ~expected.features)
+	    seen.features & ~KUCOMMS_FEATURES)
 		return -EPROTONOSUPPORT;
 	return memcmp(&seen, &expected, sizeof(seen)) ? -EPROTO : 0;
 }
@@ -187,11 +190,13 @@ static inline void kucomms_channel_destroy(struct kucomms_channel *channel)
 
 /*
  * First half of setting up: map our own side and say what it is. @ring_size is
- * as kucomms_ring_size() gave it. Return: 0 or -errno.
+ * as kucomms_ring_size() gave it, @features are those in force. Return: 0 or
+ * -errno.
  */
 static inline int kucomms_channel_init(struct kucomms_channel *channel,
 				       uint32_t own, uint64_t ring_size,
-				       int fd, uint64_t offset)
+				       uint64_t features, int fd,
+				       uint64_t offset)
 {
 	int err;
 
@@ -199,11 +204,13 @@ static inline int kucomms_channel_init(struct kucomms_channel *channel,
 	channel->own = own;
 	channel->ring_size = ring_size;
 	channel->page_size = kucomms_page_size();
+	channel->features = features;
 	err = kucomms_side_map(&channel->side[own], fd, offset, ring_size, 1);
 	if (err)
 		return err;
 	kucomms_geometry_fill((struct kucomms_geometry *)
-			      channel->side[own].control, own, ring_size);
+			      channel->side[own].control, own, ring_size,
+			      features);
 	err = -pthread_mutex_init(&channel->lock, NULL);
 	if (err)
 		kucomms_channel_unmap(channel);
@@ -227,7 +234,7 @@ static inline int kucomms_channel_attach(struct kucomms_channel *channel,
 		return err;
 	err = kucomms_geometry_check((const struct kucomms_geometry *)
 				     peer->control, !channel->own,
-				     channel->ring_size);
+				     channel->ring_size, channel->features);
 	if (err) {
 		kucomms_side_unmap(peer, channel->ring_size);
 		return err;
@@ -244,6 +251,9 @@ static inline int kucomms_channel_attach(struct kucomms_channel *channel,
 				   (const struct kucomms_producer *)
 				   (peer->control + page),
 				   peer->data, channel->ring_size);
+	if (channel->features & KUCOMMS_FEATURE_POOLS)
+		channel->rx.kinds |= 1 << KUCOMMS_KIND_BUFFER |
+				     1 << KUCOMMS_KIND_POOL;
 	return 0;
 }
 
@@ -263,6 +273,13 @@ static inline int kucomms_channel_rang(struct kucomms_channel *channel,
 		__atomic_fetch_add(&channel->doorbells_rung, 1,
 				   __ATOMIC_RELAXED);
 	return must_ring;
+}
+
+/* Is it one for the user? Others are between the two sides' keepers of pools. */
+static inline int kucomms_kind_is_message(uint32_t kind, uint32_t flags)
+{
+	return kind == KUCOMMS_KIND_MESSAGE ||
+	       (kind == KUCOMMS_KIND_BUFFER && !(flags & KUCOMMS_FLAG_NOTICE));
 }
 
 /* ---- sending ------------------------------------------------------------ */
@@ -345,6 +362,40 @@ kucomms_channel_put_locked(struct kucomms_channel *channel, const void *data,
 				     KUCOMMS_KIND_MESSAGE);
 	}
 	return kucomms_channel_count_tx(channel, length, err);
+}
+
+/*
+ * A frame of another kind than KUCOMMS_KIND_MESSAGE: @front, which that kind begins
+ * with, and of a message with buffers the user's @data behind it. Otherwise as
+ * kucomms_channel_put_locked().
+ */
+static inline int
+kucomms_channel_put_front_locked(struct kucomms_channel *channel,
+				 uint32_t kind, uint32_t flags,
+				 const void *front, uint32_t front_length,
+				 const void *data, uint32_t length,
+				 uint64_t type, uint64_t id,
+				 uint64_t user_value)
+{
+	struct kucomms_frame *frame;
+	int err;
+
+	if (length > UINT32_MAX - front_length)
+		return -EMSGSIZE;
+	err = kucomms_ring_next(&channel->tx, front_length + length, &frame);
+	if (!err) {
+		kucomms_channel_fill(frame, front, front_length, type, id,
+				     user_value);
+		if (length)
+			memcpy((char *)(frame + 1) + front_length, data, length);
+		kucomms_ring_publish(&channel->tx, frame, front_length + length,
+				     flags, kind);
+	}
+	if (kucomms_kind_is_message(kind & 0xff, flags))
+		return kucomms_channel_count_tx(channel, length, err);
+	if (!err)
+		channel->publishes++;	/* its bell has to be counted */
+	return kucomms_channel_fault(channel, err);
 }
 
 /* As kucomms_channel_put_locked(), from any thread. */
@@ -486,6 +537,19 @@ static inline void kucomms_channel_advance(struct kucomms_channel *channel,
 					   const struct kucomms_view *view)
 {
 	kucomms_channel_count_rx(channel, view);
+	kucomms_ring_advance(&channel->rx, view);
+}
+
+/* As advance, for what is of another kind than KUCOMMS_KIND_MESSAGE. */
+static inline void
+kucomms_channel_advance_front(struct kucomms_channel *channel,
+			      const struct kucomms_view *view)
+{
+	if (kucomms_kind_is_message(view->kind, view->flags)) {
+		channel->messages_received++;
+		channel->bytes_received += view->length - view->buffers *
+					   sizeof(struct kucomms_carried);
+	}
 	kucomms_ring_advance(&channel->rx, view);
 }
 

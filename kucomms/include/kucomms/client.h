@@ -94,6 +94,8 @@
 #else
 #define KUCOMMS_SO_PEERPIDFD	77
 #endif
+/* C programs do not know pools: messages to and from them hand over no buffers. */
+#define KUCOMMS_CLIENT_FEATURES	(KUCOMMS_FEATURES & ~KUCOMMS_FEATURE_POOLS)
 #ifdef SYS_pidfd_open
 #define KUCOMMS_SYS_PIDFD_OPEN	SYS_pidfd_open
 #else
@@ -466,7 +468,7 @@ static inline void kucomms_record_fill(struct kucomms_rendezvous *record,
 	record->magic = KUCOMMS_MAGIC;
 	record->version = KUCOMMS_ABI_VERSION;
 	record->step = step;
-	record->features = KUCOMMS_FEATURES;
+	record->features = KUCOMMS_CLIENT_FEATURES;
 	record->ring_size = ring_size;
 }
 
@@ -607,10 +609,12 @@ static inline int kucomms_record_receive(struct kucomms_client *client,
 		return -EPROTO;
 	if (record->version != KUCOMMS_ABI_VERSION)
 		return -EPROTONOSUPPORT;
-	if (record->step != step || record->reserved ||
+	if (record->step != step || record->pool ||
 	    record->hello_length > KUCOMMS_HELLO_MAX)
 		return -EPROTO;
-	if (record->features & ~KUCOMMS_FEATURES)
+	if (record->features & ~KUCOMMS_FEATURES ||
+	    (step != KUCOMMS_STEP_HELLO &&
+	     record->features & ~KUCOMMS_CLIENT_FEATURES))
 		return -EPROTONOSUPPORT;
 	if (step == KUCOMMS_STEP_HELLO)	/* we know no eventfds: say no more */
 		record->flags &= ~(uint32_t)KUCOMMS_EVENTFDS;
@@ -640,7 +644,8 @@ static inline int kucomms_client_map(struct kucomms_client *client, int file,
 		return -errno;
 	if (!S_ISREG(status.st_mode) || (uint64_t)status.st_size != 2 * side)
 		return -EPROTO;
-	err = kucomms_channel_init(&client->channel, 1, ring_size, file, side);
+	err = kucomms_channel_init(&client->channel, 1, ring_size,
+				   KUCOMMS_CLIENT_FEATURES, file, side);
 	if (err)
 		return err;
 	err = kucomms_channel_attach(&client->channel, file, 0);
@@ -738,10 +743,12 @@ static inline int kucomms_device_attach(struct kucomms_client *client,
 	struct epoll_event event;
 	int err;
 
-	if (setup->side_size != kucomms_side_size(setup->ring_size))
+	if (setup->side_size != kucomms_side_size(setup->ring_size) ||
+	    setup->features & ~KUCOMMS_CLIENT_FEATURES)
 		return -EPROTONOSUPPORT;
 	err = kucomms_channel_init(&client->channel, 1, setup->ring_size,
-				   client->device, setup->side_offset[1]);
+				   setup->features, client->device,
+				   setup->side_offset[1]);
 	if (err)
 		return err;
 	err = kucomms_channel_attach(&client->channel, client->device,
@@ -782,7 +789,7 @@ static inline int kucomms_device_set_up(struct kucomms_client *client,
 	for (;;) {
 		memset(&setup, 0, sizeof(setup));
 		setup.version = KUCOMMS_ABI_VERSION;
-		setup.features = KUCOMMS_FEATURES;
+		setup.features = KUCOMMS_CLIENT_FEATURES;
 		setup.ring_size = ring_size;
 		if (number >= 0) {
 			setup.flags = KUCOMMS_SETUP_NUMBER;
@@ -1133,7 +1140,8 @@ static inline int kucomms_listener_handshake(struct kucomms_listener *listener,
 	side = kucomms_side_size(size);
 	memory = kucomms_memory_create(2 * side);
 	err = memory < 0 ? memory :
-	      kucomms_channel_init(&client->channel, 0, size, memory, 0);
+	      kucomms_channel_init(&client->channel, 0, size,
+				   KUCOMMS_CLIENT_FEATURES, memory, 0);
 	if (err) {
 		kucomms_listener_refuse(client, KUCOMMS_REFUSED_MEMORY);
 		goto out;

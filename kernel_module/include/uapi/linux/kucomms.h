@@ -22,9 +22,14 @@
 #define KUCOMMS_MAGIC		0x736d6d6f63756bULL	/* "kucomms", little endian */
 #define KUCOMMS_ABI_VERSION	1
 
-/* Feature bits of an ABI version. An unknown bit is refused. */
-#define KUCOMMS_FEATURE_POOLS	0x2ULL	/* messages can hand over buffers */
-#define KUCOMMS_FEATURES	0ULL	/* all that are known */
+/*
+ * Feature bits of an ABI version. Who connects says which of them it knows, who
+ * listens which of those are in force. An unknown bit is refused.
+ *
+ * POOLS: messages can hand over buffers.
+ */
+#define KUCOMMS_FEATURE_POOLS	0x2ULL
+#define KUCOMMS_FEATURES	0x2ULL	/* all that are known */
 
 #define KUCOMMS_NAME_MAX	48	/* characters in the NAME of a URL */
 #define KUCOMMS_HELLO_MAX	64	/* bytes of the user's hello blob */
@@ -93,7 +98,9 @@ struct kucomms_carried {
  * @size: bytes, a multiple of the page; 0 it is closed
  * @offset: where to mmap() it out of the device's file
  *
- * From the kernel only: shm:// tells of pools over the socket.
+ * A pool is closed by this frame, so that what was handed over before it is still
+ * received before it; the user closes his by KUCOMMS_IOC_CLOSE_POOL. Only the kernel
+ * opens one by it: shm:// does so over the socket, with the pool's file.
  */
 struct kucomms_pool_news {
 	__u32 number;
