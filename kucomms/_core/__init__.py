@@ -79,6 +79,8 @@ __all__ = [
     "drain_socket",
     "drop_message",
     "fill_hole",
+    "ioctl_close_pool",
+    "ioctl_open_pool",
     "ioctl_setup",
     "lib",
     "map_memory",
@@ -329,6 +331,20 @@ def new_setup() -> Any:
 def ioctl_setup(fd: int, setup: Any) -> int:
     """Make a channel of an open device; 0 or an errno. May wait for the kernel endpoint."""
     return int(lib.setup_ioctl(fd, setup))
+
+
+def ioctl_open_pool(fd: int, size: int) -> tuple[int, int]:
+    """Have the kernel open a pool. Its number, and where to map it. Raises OSError."""
+    number, offset = _ffi.new("uint32_t *"), _ffi.new("uint64_t *")
+    err = int(lib.setup_open_pool(fd, size, number, offset))
+    if err:
+        raise OSError(err, os.strerror(err))
+    return int(number[0]), int(offset[0])
+
+
+def ioctl_close_pool(fd: int, number: int) -> int:
+    """Say that a pool of ours is closed; 0 or an errno."""
+    return int(lib.setup_close_pool(fd, number))
 
 
 def record_bytes(record: Any) -> bytes:

@@ -71,6 +71,8 @@ ffi.cdef("""
     uint64_t kucomms_message_max(uint64_t ring_size);
 
     int setup_ioctl(int fd, struct kucomms_setup *setup);
+    int setup_open_pool(int fd, uint64_t size, uint32_t *number, uint64_t *offset);
+    int setup_close_pool(int fd, uint32_t number);
     int setup_shm_create(const char *name);
     int setup_shm_unlink(const char *name);
     struct kucomms_channel *setup_channel_new(uint32_t own, uint64_t ring_size,
@@ -137,6 +139,25 @@ ffi.set_source(
             err = ioctl(fd, KUCOMMS_IOC_SETUP, setup);
         } while (err && errno == EINTR);
         return err ? errno : 0;
+    }
+
+    static int setup_open_pool(int fd, uint64_t size, uint32_t *number,
+                               uint64_t *offset)
+    {
+        struct kucomms_pool_request request = { .size = size };
+
+        if (ioctl(fd, KUCOMMS_IOC_OPEN_POOL, &request))
+            return errno;
+        *number = request.number;
+        *offset = request.offset;
+        return 0;
+    }
+
+    static int setup_close_pool(int fd, uint32_t number)
+    {
+        struct kucomms_pool_request request = { .number = number };
+
+        return ioctl(fd, KUCOMMS_IOC_CLOSE_POOL, &request) ? errno : 0;
     }
 
     static int setup_shm_unlink(const char *name)

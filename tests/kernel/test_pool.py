@@ -4,6 +4,7 @@
 The other half is ``module/kucomms_buffers.c``.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+import kucomms
 from tests.kernel import pool_io
 from tests.kernel.pool_device import (
     BUFFER,
@@ -318,27 +320,21 @@ def test_a_contiguous_pool(owner):
             assert pool.read(0, count * PAGE) == bytes(count * PAGE)
 
 
-def test_pools_are_charged_to_who_opens_them(tmp_path):
-    group = Path("/sys/fs/cgroup/kucomms_pool")
-    if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
-        subprocess.run(["mount", "-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"], check=True)
-    Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
-    group.mkdir()
-    try:
-        (group / "memory.max").write_text(str(24 << 20))
-        program = (
-            "import os, sys; from tests.kernel.pool_device import *\n"
-            "import errno\n"
-            f"open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
-            "device = PoolDevice()\n"
-            "device.open_pool(4 << 20)\n"
-            "assert open_pool(device.fd, 64 << 20)[0] == errno.ENOMEM\n"
-            "device.open_pool(4 << 20)\n"
-        )
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=PATIENCE)
-    finally:
-        wait_until(lambda: not (group / "cgroup.procs").read_text())
-        group.rmdir()
+def test_pools_are_charged_to_who_opens_them(cgroup):
+    (cgroup / "memory.max").write_text(str(64 << 20))
+    program = f"""
+import errno, os
+from pathlib import Path
+Path("{cgroup}/cgroup.procs").write_text("0")
+from tests.kernel.pool_device import PoolDevice, open_pool
+with PoolDevice() as device:
+    device.open_pool(4 << 20)
+    assert open_pool(device.fd, 256 << 20)[0] == errno.ENOMEM
+    device.open_pool(4 << 20)
+    assert int(Path("{cgroup}/memory.current").read_text()) > 8 << 20
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=PATIENCE)
+    assert "oom_kill 0" in (cgroup / "memory.events").read_text()
 
 
 def mem_available():
@@ -996,3 +992,132 @@ def test_direct_io_on_the_pages(slow_device, owner):
                 assert pool.read(1, PAGE) == b"\x09" * PAGE
         finally:
             os.close(fd)
+
+
+# ---- through the package --------------------------------------------------------
+
+
+def connect(name="buffers", **options):
+    return kucomms.connect(f"kernel://{name}", timeout=PATIENCE, **options)
+
+
+def numbers(*values):
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+async def ask(link, what, *arguments, **options):
+    """The numbers that the module answers."""
+    reply = await link.request(numbers(*arguments), type=what, timeout=PATIENCE, **options)
+    return struct.unpack(f"<{len(reply) // 8}q", reply.data)
+
+
+async def next_message(link):
+    async with asyncio.timeout(PATIENCE):
+        return await link.receive()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", NAMES)
+async def test_python_hands_over_and_gets_back(name):
+    async with connect(name) as link, link.open_pool(8 * PAGE) as pool:
+        for number in range(100):
+            buffer = pool.allocate(PAGE + 1)
+            buffer.data[:] = bytes([number]) * (PAGE + 1)
+            await link.send(b"data", type=Do.ECHO, id=number, buffers=buffer)
+            with pytest.raises(kucomms.UsageError):
+                buffer.data  # noqa: B018
+            message = await next_message(link)
+            assert (message.data, message.id) == (b"data", number)
+            (back,) = message.buffers
+            assert back.data == bytes([number]) * (PAGE + 1)
+            back.free()
+        buffers = [pool.allocate(PAGE) for _ in range(8)]
+        assert await ask(link, Do.SUM, buffers=buffers)
+        # All of them come back, and are waited for.
+        async with asyncio.timeout(PATIENCE):
+            (await pool.allocate_when_room(8 * PAGE)).free()
+        assert pool.statistics().handed_over == 0
+
+
+@pytest.mark.asyncio
+async def test_python_gets_buffers_of_the_kernel(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"r" * PAGE)
+    async with connect() as link:
+        assert await ask(link, Do.OPEN, 4 * PAGE, 0) == (0,)
+        for _ in range(50):
+            assert await ask(link, Do.ALLOCATE, 0, 2 * PAGE, 2) == (2,)
+            await link.send(numbers(0), type=Do.SEND_KEPT)
+            message = await next_message(link)
+            first, second = message.buffers
+            assert first.data == b"\1" * (2 * PAGE)
+            assert second.data == b"\2" * (2 * PAGE)
+            with pytest.raises(kucomms.UsageError):
+                first.pool.allocate(1)
+            with path.open("rb") as file:
+                assert await first.pool.read(file, (first, PAGE, PAGE)) == PAGE
+            assert await ask(link, Do.SUM, buffers=first) == (2 * PAGE, PAGE * (1 + ord("r")))
+            second.free()
+        del message
+
+
+@pytest.mark.asyncio
+async def test_python_hears_of_a_pool_that_is_closed_already():
+    async with connect() as link:
+        for number in range(3):
+            await link.send(numbers(PAGE, 0), type=Do.OPEN)
+            await link.send(numbers(number), type=Do.CLOSE)
+        for _ in range(3):
+            await next_message(link)
+        assert await ask(link, Do.STATUS)
+
+
+@pytest.mark.asyncio
+async def test_views_outlive_the_link():
+    async with connect() as link:
+        assert await ask(link, Do.OPEN, PAGE, 0) == (0,)
+        assert await ask(link, Do.ALLOCATE, 0, PAGE, 1) == (1,)
+        await link.send(numbers(0), type=Do.SEND_KEPT)
+        (buffer,) = (await next_message(link)).buffers
+        view = buffer.data
+        pool = link.open_pool(PAGE)
+        own = (await pool).allocate(PAGE)
+        own.data[:] = b"v" * PAGE
+        mine = own.data[:]
+    assert view == b"\1" * PAGE
+    assert mine == b"v" * PAGE
+    view.release()
+    mine.release()
+    buffer.free()
+
+
+@pytest.mark.asyncio
+async def test_python_is_told_that_there_is_no_memory():
+    async with connect() as link:
+        with pytest.raises(kucomms.TransportError) as caught:
+            await link.open_pool(1 << 40)
+        assert caught.value.errno == errno.EINVAL
+        with pytest.raises(kucomms.TransportError) as caught:
+            await link.open_pool(4 << 30)
+        assert caught.value.errno == errno.ENOMEM
+        assert await ask(link, Do.STATUS)
+
+
+@pytest.mark.asyncio
+async def test_a_module_that_goes_while_buffers_are_everywhere(load, unload):
+    async with connect() as link:
+        pool = await link.open_pool(8 * PAGE)
+        assert await ask(link, Do.OPEN, PAGE, 0) == (0,)
+        assert await ask(link, Do.ALLOCATE, 0, PAGE, 1) == (1,)
+        await link.send(numbers(0), type=Do.SEND_KEPT)
+        await link.send(b"", type=Do.TAKE, buffers=[pool.allocate(PAGE), pool.allocate(1)])
+        await ask(link, Do.STATUS)
+        await asyncio.to_thread(unload, "kucomms_buffers")
+        try:
+            message = await next_message(link)
+            assert message.buffers[0].data == b"\1" * PAGE
+            with pytest.raises(kucomms.ShutdownError):
+                await next_message(link)
+            del message
+        finally:
+            await asyncio.to_thread(load, "kucomms_buffers")
