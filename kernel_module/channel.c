@@ -475,12 +475,15 @@ static bool must_ring(struct kucomms_channel *channel)
 	return false;
 }
 
-/* After a reserve, and the commit if it was one. */
+/*
+ * After a reserve, and the commit if it was one. Also when it was not to be: what
+ * was owed may have been sent before it.
+ */
 static int sent(struct kucomms_channel *channel, int err)
 {
 	if (err == -EPROTO)
 		kucomms_channel_broken(channel);
-	else if ((!err || err == -EAGAIN) && must_ring(channel))
+	else if (err != -ESHUTDOWN && must_ring(channel))
 		ring_user(channel);
 	return err;
 }

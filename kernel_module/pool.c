@@ -316,7 +316,7 @@ static struct kucomms_pool *open_pool(struct kucomms_channel *channel, u64 size,
 /* A pool that the user has closed: was all received that names it? */
 static void let_go_if_passed(struct kucomms_pool *pool)
 {
-	/* pairs with smp_store_release() in kucomms_ioctl_close_pool() */
+	/* pairs with smp_store_release() in close_users_pool() */
 	if (!smp_load_acquire(&pool->closed) || pool->let_go)
 		return;
 	if ((s64)(pool->channel->rx.position - pool->closed_at) >= 0) {
@@ -429,10 +429,8 @@ static void close_users_pool(struct kucomms_pool *pool)
 
 	/* pairs with smp_store_release() in kucomms_ring_move() */
 	pool->closed_at = smp_load_acquire(&channel->rx.peer->position);
-	/* pairs with smp_load_acquire() in let_go_if_passed() */
+	/* pairs with smp_load_acquire() in let_go_if_passed() and accept() */
 	smp_store_release(&pool->closed, true);
-	atomic_set_release(&channel->pools->sweep, 1);
-	kick(channel);
 }
 
 long kucomms_ioctl_open_pool(struct kucomms_channel *channel,
@@ -480,6 +478,11 @@ long kucomms_ioctl_close_pool(struct kucomms_channel *channel,
 		err = 0;
 	}
 	spin_unlock(&pools->lock);
+	if (!err) {
+		/* pairs with atomic_xchg() in kucomms_pools_sweep() */
+		atomic_set_release(&pools->sweep, 1);
+		kick(channel);
+	}
 	return err;
 }
 
@@ -755,7 +758,7 @@ int kucomms_buffers_claim(struct kucomms_channel *channel,
 
 	if (!channel->pools)
 		return -EOPNOTSUPP;
-	if (message->buffer_count > KUCOMMS_CARRIED_MAX)
+	if (message->buffer_count > KUCOMMS_CARRIED_MAX || !message->buffers)
 		return -EINVAL;
 	if (message->length > channel->ring_size)
 		return -EMSGSIZE;
