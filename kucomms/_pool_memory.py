@@ -14,7 +14,7 @@ from pathlib import Path
 from kucomms import _core
 from kucomms.exceptions import TransportError
 
-__all__ = ["PAGE", "PoolMemory", "new_memory"]
+__all__ = ["PAGE", "PoolMemory", "check_room", "new_memory"]
 
 PAGE = mmap.PAGESIZE
 
@@ -94,7 +94,7 @@ async def new_memory(size: int) -> PoolMemory:
 
     Raises TransportError (ENOMEM) when the machine, or the cgroup, has no room for it.
     """
-    _check_room(size)
+    check_room(size)
     try:
         memory = PoolMemory.create(size)
         try:
@@ -112,8 +112,11 @@ async def new_memory(size: int) -> PoolMemory:
         ) from error
 
 
-def _check_room(size: int) -> None:
-    """The kernel would allocate until it has to kill somebody, so ask before."""
+def check_room(size: int) -> None:
+    """The kernel would allocate until it has to kill somebody, so ask before.
+
+    Raises TransportError.
+    """
     room, whose = min(
         (_room_of_machine(), "this machine"), (_room_of_cgroup(), "this process's cgroup")
     )

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from kucomms import _core
 from kucomms._core import lib, ring_device
-from kucomms._pool_memory import PoolMemory
+from kucomms._pool_memory import PoolMemory, check_room
 from kucomms.exceptions import (
     AddressError,
     BusyError,
@@ -112,6 +112,7 @@ class KernelConnection(Connection):
         """See ``Connection.open_pool``."""
         if self._fd < 0:
             raise _core.os_error(errno.ESHUTDOWN, f"{self.url}: the link is closed")
+        check_room(size)
         # A large one takes a while, and the link may be closed meanwhile.
         device = os.dup(self._fd)
         try:

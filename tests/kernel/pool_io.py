@@ -61,8 +61,8 @@ def by_uring(fd, pool):
 
 def in_flight(device):
     """Transfers that the device has."""
-    name = os.path.basename(os.path.realpath(device))
-    with open(f"/sys/block/{name}/inflight") as file:
+    number = os.stat(device).st_rdev
+    with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/inflight") as file:
         return sum(map(int, file.read().split()))
 
 
