@@ -11,7 +11,6 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kucomms import _core
 from kucomms._core import (
     CARRIED_MAX,
     FLAG_NOTICE,
@@ -25,7 +24,13 @@ from kucomms._core import (
 )
 from kucomms._pool_memory import PAGE, PoolMemory
 from kucomms._queue import TaskTicket
-from kucomms.exceptions import ClosedError, KucommsError, ProtocolError, UsageError
+from kucomms.exceptions import (
+    ClosedError,
+    KucommsError,
+    ProtocolError,
+    TransportError,
+    UsageError,
+)
 from kucomms.message import CarryingMessage, Message
 from kucomms.pool import Buffer, Pool, Received, _Block, _unmapping
 from kucomms.transfers import open_engine
@@ -123,15 +128,11 @@ class PeerPool(Pool):
         self._allocated += pages * PAGE
         return Received(self, block)
 
-    def _check_handing(self) -> None:
-        self._check()
-        if self._owner_closed:
-            raise ClosedError("the peer has closed this pool; its buffers cannot go back there")
-
     def _hand_over(self, block: _Block) -> None:
         self._blocks.remove(block)
         self._allocated -= block.pages * PAGE
         self._forget(block)
+        self._finish_if_unused()
 
     def _forget(self, block: _Block) -> None:
         self._held[block.start : block.start + block.pages] = bytes(block.pages)
@@ -267,7 +268,7 @@ class LinkPools:
     async def open(self, size: int, quota: int) -> Pool:
         """A pool of ours. Raises the link's error when that ends, TransportError."""
         if len(self._ours) + self._opening >= POOLS_MAX:
-            raise _core.os_error(
+            raise TransportError(
                 errno.EMFILE, f"{self._link.url}: a side has {POOLS_MAX} pools at most; close one"
             )
         self._opening += 1
@@ -331,7 +332,9 @@ class LinkPools:
                 "cannot have; the link was closed"
             )
         if len(self._theirs) >= POOLS_MAX:
-            return errno.EMFILE
+            self.look()  # that it has closed one may wait in the ring
+        if len(self._theirs) >= POOLS_MAX:
+            return errno.ENOBUFS
         if self._link.closed:
             return errno.ENOTCONN
         self._their_next = number + 2
@@ -390,7 +393,7 @@ class LinkPools:
                 f"{self._link.url}: {buffer!r} is not of a pool of this link; allocate it in one "
                 "from link.open_pool()"
             )
-        pool._check_handing()
+        pool._check()
         block = buffer._block
         if block is None:
             raise buffer._gone_error()

@@ -431,10 +431,6 @@ class Pool:
 
     # ---- handing over -------------------------------------------------------
 
-    def _check_handing(self) -> None:
-        """Whether its buffers can be handed over."""
-        self._check()
-
     def _hand_over(self, block: _Block) -> None:
         """The peer has it now."""
         self._out[block.start] = block

@@ -427,24 +427,28 @@ async def _receive_record(
     fds: list[int],
     *,
     most: int,
+    own: bool = False,
     ended: asyncio.Future[None] | None = None,
 ) -> Any:
     """The next record, and in ``fds`` the descriptors that came with it, at most so many.
 
     More are never taken, nor dropped: see ``foreign_files``. Those that are taken are held
     before the record's part is, so that this does not drop the last hold on them.
-    ``ended``: when it is done, only what has arrived already is taken.
+    ``own``: the peer is of our own user, and the file of a pool may follow the record, for
+    which MSG_PEEK would take it. ``ended``: when it is done, only what has arrived already is
+    taken.
     """
     data = b""
     last = False
     item = array.array("i").itemsize
+    peek = 0 if own else socket.MSG_PEEK
     while len(data) < _RECORD_SIZE:
         room = most - len(fds)
         # CMSG_SPACE would have room for one more, where that aligns it.
         space = socket.CMSG_LEN(item * room) if room else 0
         try:
             part, ancillary, flags, _address = sock.recvmsg(
-                _RECORD_SIZE - len(data), space, socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
+                _RECORD_SIZE - len(data), space, peek | socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             if last:
@@ -465,7 +469,7 @@ async def _receive_record(
         if not part:
             raise _dropped(url, errno.ECONNRESET)
         try:
-            data += sock.recv(len(part))
+            data += sock.recv(len(part)) if peek else part
         except OSError as error:
             raise _dropped(url, error.errno) from error
     return _check_record(url, data, step)
@@ -853,6 +857,7 @@ class ShmListener(Listener):
                 lib.KUCOMMS_STEP_ATTACH,
                 passed,
                 most=0 if own else 1,
+                own=own,
                 ended=self._ended,
             )
             if own:
