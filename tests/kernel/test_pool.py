@@ -286,15 +286,18 @@ def test_what_of_a_pool_can_be_mapped():
         unmap(again, 2 * PAGE)
 
 
+def is_mapped(at):
+    return f"{at:x}-" in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.asyncio
 async def test_a_forked_child_has_no_mapping():
     with PoolDevice() as device:
         pool = device.open_pool(PAGE)
-        begin = f"{pool.at:x}-"
-        assert begin in Path("/proc/self/maps").read_text()
+        assert is_mapped(pool.at)
 
         def child():
-            assert begin not in Path("/proc/self/maps").read_text()
+            assert not is_mapped(pool.at)
 
         await in_child(child)
 
