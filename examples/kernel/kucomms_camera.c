@@ -143,8 +143,14 @@ static struct kucomms_endpoint *camera_endpoint;
 
 static int __init camera_init(void)
 {
-	camera_endpoint = kucomms_register("kucomms_camera", &camera_ops, NULL,
-					   NULL);
+	static const struct kucomms_endpoint_options options = {
+		.size = sizeof(options),
+		/* The pools are ours, and nobody else is charged for them. */
+		.max_channels = 8,
+	};
+
+	camera_endpoint = kucomms_register("kucomms_camera", &camera_ops,
+					   &options, NULL);
 	return PTR_ERR_OR_ZERO(camera_endpoint);
 }
 
