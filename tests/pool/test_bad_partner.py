@@ -217,7 +217,7 @@ def pool_record(peer, number=None, size=PAGE, fds=None, **fields):
 
 
 BAD_RECORDS = {
-    "our_number": lambda peer: pool_record(peer, 1 - peer.own),
+    "our_number": lambda peer: pool_record(peer, 3 - peer.own),
     "number_twice": lambda peer: [pool_record(peer) for _ in range(2)],
     "number_goes_back": lambda peer: [pool_record(peer, peer.own + n) for n in (4, 2)],
     "no_file": lambda peer: pool_record(peer, fds=[]),
