@@ -240,8 +240,8 @@ static void world_open(void)
 		pattern[i] = (unsigned char)((i * 2654435761u) >> 13);
 }
 
-/* As it was after world_open(), but for where the positions begin. */
-static void world_reset(uint64_t position)
+/* As it was after world_open(), but for where the positions begin, and the kinds. */
+static void world_reset(uint64_t position, int pools)
 {
 	uint64_t side = kucomms_side_size(RING_SIZE);
 
@@ -256,6 +256,9 @@ static void world_reset(uint64_t position)
 				   RING_SIZE);
 	kucomms_ring_consumer_init(&b.rx, b.rx.own, b.rx.peer, b.rx.data,
 				   RING_SIZE);
+	if (pools)
+		b.rx.kinds |= 1 << KUCOMMS_KIND_BUFFER |
+			      1 << KUCOMMS_KIND_POOL;
 	a.tx.position = position;
 	a.tx.consumed = position;
 	b.rx.position = position;
@@ -282,8 +285,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		return 0;
 	delayed_first = 0;
 	delayed_end = 0;
-	/* At 0, or shortly before the positions overflow. */
-	world_reset(-(uint64_t)*data * 32);
+	/* At 0, or shortly before the positions overflow; with pools, or not. */
+	world_reset(-(uint64_t)*data * 32, !(*data & 1));
 	program_begin(a.tx.position);
 	inside = 0;
 	for (data++, size--; size >= 4; data += 4, size -= 4) {
