@@ -651,8 +651,8 @@ static void tell(struct kucomms_pool *pool, struct kucomms_owed *news)
  * @flags: 0 or KUCOMMS_POOL_CONTIGUOUS
  *
  * The user is told, and maps it. The memory is charged to who calls this: from a
- * callback to nobody, so bound the channels that there can be. It ends by kucomms_close_pool(), or with the
- * channel. May sleep; from the open callback on.
+ * callback to nobody, so bound the channels that there can be. It ends by
+ * kucomms_close_pool(), or with the channel. May sleep; from the open callback on.
  *
  * Return: the pool, or an error pointer: -EOPNOTSUPP when the user knows no pools,
  * -EINVAL, -ENOMEM, -EMFILE when there are KUCOMMS_POOLS_MAX, those included that
