@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from kucomms import Endpoint, ProtocolError, TransportError
+from kucomms import Endpoint, KucommsError, ProtocolError, TransportError
 from tests.transports import raw_peer
 from tests.transports.raw_peer import (
     ATTACH,
@@ -307,6 +307,21 @@ async def test_a_peer_that_does_not_map(name, role):
         assert caught.value.errno == errno.ENOMEM
         peer.set_state(1)
         peer.ring()
+        assert await closed is None
+
+
+@roles
+async def test_a_peer_that_never_answers(name, role):
+    """Opening ends with the link."""
+    async with attacked(role, name, features=FEATURE_POOLS) as (link, peer, _, closed):
+        opening = asyncio.ensure_future(open_pool(link, PAGE))
+        told, fds = await asyncio.to_thread(raw_peer.receive, peer.sock)
+        assert (told.step, told.ring_size) == (POOL, PAGE)
+        for fd in fds:
+            os.close(fd)
+        await link.aclose()
+        with pytest.raises(KucommsError):
+            await opening
         assert await closed is None
 
 

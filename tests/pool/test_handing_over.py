@@ -331,6 +331,19 @@ async def test_a_handler_whose_backlog_is_full_does_not_wait_for_ever(scheme, fu
         assert "backlog" in str(await failed)
 
 
+async def test_waiting_for_room_ends_with_the_peer(scheme):
+    """Also while there is something left to be received."""
+    async with linked(scheme) as (link, other):
+        pool = await link.open_pool(PAGE)
+        await link.send(b"", buffers=pool.allocate(1))
+        waiting = asyncio.create_task(pool.allocate_when_room(1))
+        await other.send(b"last words")
+        await other.aclose()
+        with pytest.raises(PeerClosedError):
+            await waiting
+        assert (await link.receive()).data == b"last words"
+
+
 async def test_waiting_for_room_can_be_cancelled(scheme):
     async with linked(scheme) as (link, other), await link.open_pool(PAGE) as pool:
         await link.send(b"", buffers=pool.allocate(1))
@@ -415,6 +428,24 @@ async def test_what_is_given_back_passes_those_who_wait(scheme):
             (await pool.allocate_when_room(1)).free()
             assert not waiting.done()
         await waiting
+
+
+async def test_room_for_the_data_but_not_for_the_buffers(scheme):
+    async with (
+        linked(scheme, ring_size=PAGE) as (link, other),
+        await link.open_pool(PAGE) as pool,
+    ):
+        link.send_nowait(bytes(PAGE - 40 - 100 * 40 - 32))
+        for _ in range(100):
+            link.send_nowait(bytes(8))
+        assert link.tx_free == 40
+        sending = asyncio.create_task(link.send(b"", buffers=pool.allocate(1)))
+        await asyncio.sleep(0)
+        assert not sending.done()
+        while not (message := await other.receive()).buffers:
+            pass
+        message.buffers[0].free()
+        await sending
 
 
 async def test_a_full_ring_hands_nothing_over(scheme):
