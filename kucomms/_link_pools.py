@@ -44,6 +44,7 @@ __all__ = ["CARRIED_SIZE", "LinkPools", "PeerPool", "as_buffers"]
 _CARRIED = struct.Struct("=IIQ")  # struct kucomms_carried: pool, page, length
 CARRIED_SIZE = _CARRIED.size
 _NEWS = struct.Struct("=IIQQ")  # struct kucomms_pool_news: number, reserved, size, offset
+_PACE = 16
 _ROOM = -1
 """The id, which no message can have, of the request of those who wait for room in a pool."""
 
@@ -262,6 +263,7 @@ class LinkPools:
         self._ticket = _Outgoing(self)
         self._queued = False
         self._waits: set[TaskTicket] = set()
+        self._sends = 0
 
     # ---- pools --------------------------------------------------------------
 
@@ -382,6 +384,11 @@ class LinkPools:
                 buffer._gone = "handed over"
                 buffer._pool._hand_over(block)
         return status
+
+    def paces(self) -> bool:
+        """Whether the loop wants a turn before a send: now and then, as with others."""
+        self._sends += 1
+        return self._sends % _PACE == 0
 
     def _block(self, buffer: Buffer) -> _Block:
         """Of a buffer that can be handed over."""

@@ -461,7 +461,8 @@ class Link:
     ) -> None:
         plain = self._channel.send_reply if flags else self._channel_send
         send, more = self._carrier(buffers, flags, plain)
-        await self._endpoint._breathe()
+        if self._connection.pools is not None and self._connection.pools.paces():
+            await self._endpoint._breathe()
         if not self._send_queue:
             try:
                 status = send(data, type, id, user_value)

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from kucomms import ProtocolError, TransportError
+from kucomms import Endpoint, KucommsError, ProtocolError, TransportError
 from tests.transports import raw_peer
 from tests.transports.raw_peer import (
     ATTACH,
@@ -26,6 +26,7 @@ from tests.transports.raw_peer import (
     NOTICE,
     POOL,
     REPLY,
+    connect_by_hand,
     record,
     sealed_memory,
 )
@@ -310,6 +311,21 @@ async def test_a_peer_that_does_not_map(name, role):
 
 
 @roles
+async def test_a_peer_that_never_answers(name, role):
+    """Opening ends with the link."""
+    async with attacked(role, name, features=FEATURE_POOLS) as (link, peer, _, closed):
+        opening = asyncio.ensure_future(open_pool(link, PAGE))
+        told, fds = await asyncio.to_thread(raw_peer.receive, peer.sock)
+        assert (told.step, told.ring_size) == (POOL, PAGE)
+        for fd in fds:
+            os.close(fd)
+        await link.aclose()
+        with pytest.raises(KucommsError):
+            await opening
+        assert await closed is None
+
+
+@roles
 async def test_bells_around_records(name, role):
     """Whoever rings by bytes rings between records, too."""
     async with attacked(role, name, features=FEATURE_POOLS) as (link, peer, _, closed):
@@ -327,3 +343,24 @@ async def test_bells_around_records(name, role):
         peer.set_state(1)
         peer.ring()
         assert await closed is None
+
+
+async def test_a_pool_right_behind_the_rendezvous(name):
+    """Its record is there before the last one of the rendezvous was read."""
+    async with Endpoint("listener") as endpoint:
+        opened = asyncio.get_running_loop().create_future()
+        endpoint.on_link_open(opened.set_result)
+        await endpoint.listen(f"shm://{name}", ring_size=PAGE)
+        peer = await asyncio.to_thread(
+            connect_by_hand, name, attach=b"", features=FEATURE_POOLS
+        )
+        raw_peer.send(peer.sock, record(ATTACH))
+        pool_record(peer)
+        answer, _ = await asyncio.to_thread(raw_peer.receive, peer.sock)
+        assert (answer.step, answer.status) == (MAPPED, 0)
+        link = await opened
+        peer.buffers((peer.own, 0, 5))
+        peer.publish()
+        peer.ring()
+        assert len((await link.receive()).buffers[0]) == 5
+        peer.close()

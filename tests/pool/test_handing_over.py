@@ -10,7 +10,7 @@ import os
 import random
 import socket
 import tempfile
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import pytest_asyncio
@@ -305,12 +305,16 @@ async def test_a_handler_that_waits_for_room_is_woken(scheme):
         await settled(lambda: got)
 
 
-async def test_a_handler_whose_backlog_is_full_does_not_wait_for_ever(scheme):
+@pytest.mark.parametrize("full", ["before", "meanwhile"])
+async def test_a_handler_whose_backlog_is_full_does_not_wait_for_ever(scheme, full):
     failed = asyncio.get_running_loop().create_future()
+    all_sent = asyncio.Event()
 
     async def handler(_message, link):
         pool = await link.open_pool(PAGE)
         await link.send(b"", buffers=pool.allocate(PAGE))
+        if full == "before":
+            await all_sent.wait()
         try:
             (await pool.allocate_when_room(PAGE)).free()
         except QueueFull as error:
@@ -323,7 +327,21 @@ async def test_a_handler_whose_backlog_is_full_does_not_wait_for_ever(scheme):
         for _ in range(10):
             await link.send(bytes(60))  # before the notice, and they do not fit
         message.buffers[0].free()
+        all_sent.set()
         assert "backlog" in str(await failed)
+
+
+async def test_waiting_for_room_ends_with_the_peer(scheme):
+    """Also while there is something left to be received."""
+    async with linked(scheme) as (link, other):
+        pool = await link.open_pool(PAGE)
+        await link.send(b"", buffers=pool.allocate(1))
+        waiting = asyncio.create_task(pool.allocate_when_room(1))
+        await other.send(b"last words")
+        await other.aclose()
+        with pytest.raises(PeerClosedError):
+            await waiting
+        assert (await link.receive()).data == b"last words"
 
 
 async def test_waiting_for_room_can_be_cancelled(scheme):
@@ -369,6 +387,65 @@ async def test_a_full_ring_does_not_lose_what_is_given_back(scheme):
         pool.allocate(200 * PAGE).free()
         await other.send(b"afterwards")
         assert (await link.receive()).data == b"afterwards"
+
+
+async def test_the_peer_hears_of_it_as_soon_as_there_is_room(scheme):
+    """Also when nobody there sends."""
+    async with (
+        linked(scheme, ring_size=PAGE) as (link, other),
+        await link.open_pool(PAGE) as pool,
+    ):
+        await link.send(b"", buffers=pool.allocate(1))
+        buffer = (await other.receive()).buffers[0]
+        with suppress(QueueFull):
+            while True:
+                other.send_nowait(bytes(100))
+        buffer.free()
+        waiting = asyncio.create_task(pool.allocate_when_room(1))
+        (await waiting).free()
+
+
+async def test_what_is_given_back_passes_those_who_wait(scheme):
+    async with (
+        linked(scheme, ring_size=PAGE) as (link, other),
+        await link.open_pool(PAGE) as pool,
+    ):
+        await link.send(b"", buffers=pool.allocate(1))
+        buffer = (await other.receive()).buffers[0]
+        sent = 0
+        with suppress(QueueFull):
+            while True:
+                other.send_nowait(bytes(100))
+                sent += 1
+        waiting = asyncio.create_task(other.send(bytes(other.max_message_size)))
+        await asyncio.sleep(0)
+        buffer.free()
+        async with AsyncExitStack() as borrowed:
+            async with link.borrow():
+                pass  # room for what is given back, and no more
+            for _ in range(sent - 1):
+                await borrowed.enter_async_context(link.borrow())
+            (await pool.allocate_when_room(1)).free()
+            assert not waiting.done()
+        await waiting
+
+
+async def test_room_for_the_data_but_not_for_the_buffers(scheme):
+    async with (
+        linked(scheme, ring_size=PAGE) as (link, other),
+        await link.open_pool(PAGE) as pool,
+    ):
+        link.send_nowait(bytes(PAGE - 40 - 100 * 40 - 32))
+        for _ in range(100):
+            link.send_nowait(bytes(8))
+        assert link.tx_free == 40
+        sending = asyncio.create_task(link.send(b"", buffers=pool.allocate(1)))
+        await asyncio.sleep(0)
+        assert not sending.done()
+        while not (message := await other.receive()).buffers:
+            pass
+        message.buffers[0].free()
+        await sending
 
 
 async def test_a_full_ring_hands_nothing_over(scheme):
