@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Pools beside threads: requests per second and CPU time, of reads and writes of a file.
 
+And what it costs to hand a buffer to a peer with a message.
+
 Each contestant does the same transfers, of blocks at random places of one file, with 64 in
 flight, under uvloop::
 
@@ -15,6 +17,8 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -158,7 +162,117 @@ def measure(directory, rounds, amount, file_mebibytes):
     return found
 
 
-def page(found, rounds, file_mebibytes):
+# ---- by reference -------------------------------------------------------------
+
+LOADS = {
+    "message of 64 B": (64, 0),
+    "message of 1 MiB": (1 << 20, 0),
+    "buffer of 64 B": (0, 64),
+    "buffer of 1 MiB": (0, 1 << 20),
+}
+LINKS = {"inproc://, one loop": "inproc", "shm://, two processes": "shm"}
+RING_SIZE = 1 << 22
+
+
+async def serve(url, ready):
+    """Sends everything back, until the other side closes."""
+    async with kucomms.Endpoint("echo") as endpoint:
+        over = asyncio.get_running_loop().create_future()
+        endpoint.on_link_close(lambda _link, _error: over.done() or over.set_result(None))
+        endpoint.on_message(lambda message, link: link.send(message, buffers=message.buffers))
+        await endpoint.listen(url, ring_size=RING_SIZE)
+        ready()
+        await over
+
+
+async def there_and_back(link, number, data, buffer_size):
+    """Microseconds of a round trip; a buffer is allocated for each, and freed after it."""
+    pool = await link.open_pool(8 << 20)
+    message = bytes(data)
+    for count in (number // 10, number):
+        begin = time.perf_counter()
+        for _ in range(count):
+            if buffer_size:
+                await link.send(message, buffers=pool.allocate(buffer_size))
+                (await link.receive()).buffers[0].free()
+            else:
+                await link.send(message)
+                await link.receive()
+    elapsed = time.perf_counter() - begin
+    await pool.aclose()
+    return elapsed / number * 1e6
+
+
+async def handing(scheme, loads, number):
+    """What each load takes, in this order, over one link."""
+    url = f"{scheme}://bench_pool_{os.getpid()}"
+    echo = process = None
+    if scheme == "inproc":
+        listening = asyncio.Event()
+        echo = asyncio.create_task(serve(url, listening.set))
+        await listening.wait()
+    else:
+        process = subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, "-c", f"import bench.pool; bench.pool.echo({url!r})"]
+        )
+    try:
+        async with kucomms.connect(url, timeout=30) as link:
+            return {
+                load: await there_and_back(
+                    link, number if not LOADS[load][0] >> 20 else number // 20, *LOADS[load]
+                )
+                for load in loads
+            }
+    finally:
+        if echo is not None:
+            await echo
+        if process is not None:
+            process.wait()
+
+
+def echo(url):
+    """The second process."""
+    kucomms.run(serve(url, lambda: None))
+
+
+def measure_handing(rounds, number):
+    """(link, load): list of samples."""
+    found = {(link, load): [] for link in LINKS for load in LOADS}
+    for turn in range(rounds):
+        for link, scheme in LINKS.items():
+            loads = list(LOADS) if turn % 2 == 0 else list(reversed(LOADS))
+            for load, sample in kucomms.run(handing(scheme, loads, number)).items():
+                found[link, load].append(sample)
+    return found
+
+
+def handing_section(found):
+    """Its part of the page."""
+    yield ""
+    yield "## Buffers in messages"
+    yield ""
+    yield (
+        "Microseconds of a round trip: sent, and sent back by a message handler. A buffer is "
+        "allocated before it and freed after it; nobody touches its bytes. A message has its "
+        "data copied four times."
+    )
+    yield ""
+    rows = []
+    for link in LINKS:
+        cost = {load: statistics.median(found[link, load]) for load in LOADS}
+        rows.append(
+            [link]
+            + [f"{cost[load]:,.1f}" for load in LOADS]
+            + [
+                f"{cost['buffer of 1 MiB'] / cost['buffer of 64 B']:.2f}",
+                f"{cost['buffer of 1 MiB'] / cost['message of 64 B']:.2f}",
+            ]
+        )
+    head = ["", *LOADS, "buffer 1 MiB / 64 B", "buffer 1 MiB / message 64 B"]
+    yield from list(table(head, rows))[:-1]
+
+
+def page(found, rounds, file_mebibytes, handed):
     """The lines of the page."""
     yield "# Pools beside threads"
     yield ""
@@ -193,6 +307,7 @@ def page(found, rounds, file_mebibytes):
                     row += ["-", "-"]
             rows.append(row)
         yield from list(table(head, rows))[:-1]
+    yield from handing_section(handed)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -201,13 +316,16 @@ def page(found, rounds, file_mebibytes):
 @click.option("--file-mebibytes", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--mebibytes", type=click.IntRange(1), default=64, show_default=True,
               help="Moved in each sample, but at least 256 requests.")
+@click.option("--round-trips", type=click.IntRange(20), default=10_000, show_default=True,
+              help="Of each sample of buffers in messages.")
 @click.option("--directory", type=click.Path(file_okay=False), default=".", show_default=True,
               help="Where the file is made: the disk that is measured.")
-def main(target, rounds, file_mebibytes, mebibytes, directory):
+def main(target, rounds, file_mebibytes, mebibytes, round_trips, directory):
     """Measure pools and threads, and write the page TARGET."""
     found = measure(directory, rounds, mebibytes << 20, file_mebibytes)
+    handed = measure_handing(rounds, round_trips)
     notes = target.read_text().partition("\n<!-- notes -->\n")[2] if target.exists() else ""
-    text = "\n".join(page(found, rounds, file_mebibytes)) + "\n"
+    text = "\n".join(page(found, rounds, file_mebibytes, handed)) + "\n"
     target.write_text(text + (f"\n<!-- notes -->\n{notes}" if notes else ""))
 
 

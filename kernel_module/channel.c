@@ -17,34 +17,36 @@
 
 /* ---- memory -------------------------------------------------------------- */
 
-static void free_pages_of(struct kucomms_channel *channel)
+/* As many of @count pages as there are in the list, and the list. */
+void kucomms_pages_free(struct page **pages, unsigned long count)
 {
 	unsigned long i;
 
-	for (i = 0; i < 2 * channel->side_pages && channel->pages[i]; i++) {
-		put_page(channel->pages[i]);
+	for (i = 0; pages && i < count && pages[i]; i++) {
+		put_page(pages[i]);
 		atomic_long_dec(&kucomms_alive.pages);
+		cond_resched();
 	}
-	kvfree(channel->pages);
+	kvfree(pages);
 }
 
-static int alloc_pages_of(struct kucomms_channel *channel)
+/* A list for pages, empty. The user is told of what is missing, no log is. */
+struct page **kucomms_pages_list(unsigned long count)
 {
-	unsigned long count = 2 * channel->side_pages, i;
+	return kvcalloc(count, sizeof(struct page *),
+			GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
+}
 
-	/* The user is told of what is missing, the kernel log is not. */
-	channel->pages = kvcalloc(count, sizeof(*channel->pages),
-				  GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
-	if (!channel->pages)
-		return -ENOMEM;
+/* Fill the list, one page after the other. */
+int kucomms_pages_alloc(struct page **pages, unsigned long count)
+{
+	unsigned long i;
+
 	for (i = 0; i < count; i++) {
 		if (fatal_signal_pending(current))
 			return -EINTR;
-		/* Charged to the user, whose limit is to be an error, no kill. */
-		channel->pages[i] = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO |
-					       __GFP_NOWARN |
-					       __GFP_RETRY_MAYFAIL);
-		if (!channel->pages[i])
+		pages[i] = alloc_page(KUCOMMS_GFP_PAGES);
+		if (!pages[i])
 			return -ENOMEM;
 		atomic_long_inc(&kucomms_alive.pages);
 		cond_resched();
@@ -90,8 +92,8 @@ static void channel_free(struct kucomms_channel *channel)
 {
 	vunmap(channel->at[0]);
 	vunmap(channel->at[1]);
-	if (channel->pages)
-		free_pages_of(channel);
+	kucomms_pages_free(channel->pages, 2 * channel->side_pages);
+	kucomms_pools_free(channel);
 	kfree(channel->held);
 	kfree(channel);
 	atomic_dec(&kucomms_alive.channels);
@@ -144,7 +146,11 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features)
 	channel->turn_at = U64_MAX;		/* of no message */
 	channel->side_pages = KUCOMMS_CONTROL_PAGES + (ring_size >> PAGE_SHIFT);
 
-	err = alloc_pages_of(channel);
+	err = -ENOMEM;
+	channel->pages = kucomms_pages_list(2 * channel->side_pages);
+	if (!channel->pages)
+		goto err_free;
+	err = kucomms_pages_alloc(channel->pages, 2 * channel->side_pages);
 	if (err)
 		goto err_free;
 	err = -ENOMEM;
@@ -168,6 +174,12 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features)
 				   peer + PAGE_SIZE,
 				   peer + KUCOMMS_CONTROL_PAGES * PAGE_SIZE,
 				   ring_size);
+	channel->features = features;
+	if (features & KUCOMMS_FEATURE_POOLS) {
+		err = kucomms_pools_new(channel);
+		if (err)
+			goto err_free;
+	}
 	channel->tx_open = true;
 	return channel;
 
@@ -243,6 +255,16 @@ static void change_vm_flags(struct vm_area_struct *vma, vm_flags_t set,
 #endif
 }
 
+/* Map pages, all at once. @never: rights that the mapping is never to get. */
+int kucomms_pages_map(struct vm_area_struct *vma, struct page **pages,
+		      vm_flags_t never)
+{
+	unsigned long count = vma_pages(vma);
+
+	change_vm_flags(vma, VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP, never);
+	return vm_insert_pages(vma, vma->vm_start, pages, &count);
+}
+
 /**
  * kucomms_channel_mmap - map a part of one side
  * @channel: the channel
@@ -275,9 +297,7 @@ int kucomms_channel_mmap(struct kucomms_channel *channel,
 	}
 	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
 		return -ESHUTDOWN;
-	change_vm_flags(vma, VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP, never);
-	err = vm_insert_pages(vma, vma->vm_start, channel->pages + first,
-			      &count);
+	err = kucomms_pages_map(vma, channel->pages + first, never);
 	if (err)
 		return err;
 	vma->vm_private_data = channel;
@@ -442,15 +462,19 @@ int kucomms_channel_check_turn(const struct kucomms_channel *channel,
 	     view->flags != KUCOMMS_FLAG_TOKEN))
 		return -EPROTO;
 	if (turn == KUCOMMS_TURN_OURS &&
-	    channel->rx.position != channel->turn_at)
+	    channel->rx.position != channel->turn_at &&
+	    !(view->flags & KUCOMMS_FLAG_NOTICE))
 		return -EPROTO;		/* it has sent twice */
 	return 0;
 }
 
 /* ---- sending ------------------------------------------------------------- */
 
-static int why_closed(struct kucomms_channel *channel)
+/* Why nothing can be sent, or 0. As the only sender, or with the lock held. */
+static int closed(struct kucomms_channel *channel)
 {
+	if (channel->tx_open && !test_bit(KUCOMMS_USER_GONE, &channel->state))
+		return 0;
 	return test_bit(KUCOMMS_BROKEN, &channel->state) ? -EPROTO : -ESHUTDOWN;
 }
 
@@ -465,17 +489,25 @@ static int next_frame(struct kucomms_channel *channel, u32 length,
 		      struct kucomms_frame **frame)
 {
 	u64 span = kucomms_frame_span(length);
-	int err;
+	int err = closed(channel);
 
-	if (!channel->tx_open ||
-	    test_bit(KUCOMMS_USER_GONE, &channel->state))
-		return why_closed(channel);
+	if (err)
+		return err;
 	if (!kucomms_has_turn(channel))
 		return -EPERM;
-	err = kucomms_ring_next(&channel->tx, length, frame);
-	/* Ask for the doorbell: with it the work callback is called. */
-	if (err == -EAGAIN && kucomms_ring_park_for_space(&channel->tx, span))
+	/* What is given back, and news of pools, go first. */
+	if (kucomms_owes(channel))
+		err = kucomms_pay(channel);
+	/* The runner, which was kicked for it, goes on with that. */
+	if (err == -EINPROGRESS)
+		err = -EAGAIN;
+	if (!err) {
 		err = kucomms_ring_next(&channel->tx, length, frame);
+		/* Ask for the doorbell: with it the work callback is called. */
+		if (err == -EAGAIN &&
+		    kucomms_ring_park_for_space(&channel->tx, span))
+			err = kucomms_ring_next(&channel->tx, length, frame);
+	}
 	if (err == -EAGAIN) {
 		channel->full++;
 		/* Not forgotten when a smaller one fits meanwhile. */
@@ -520,24 +552,55 @@ static bool must_ring(struct kucomms_channel *channel)
 	return false;
 }
 
-/* After a reserve, and the commit if it was one. */
+/*
+ * After a reserve, and the commit if it was one. Also when it was not to be: what
+ * was owed may have been sent before it.
+ */
 static int sent(struct kucomms_channel *channel, int err)
 {
 	if (err == -EPROTO)
 		kucomms_channel_broken(channel);
-	else if ((!err || err == -EAGAIN) && must_ring(channel))
+	else if (err != -ESHUTDOWN && must_ring(channel))
 		ring_user(channel);
 	return err;
 }
 
-/* Write all of a message but its control word. */
+/* Bytes in front of the data: the list of the buffers that are handed over. */
+static u32 list_size(const struct kucomms_message *message)
+{
+	return message->buffer_count * sizeof(struct kucomms_carried);
+}
+
+/* Write all of a message but its control word and the list of its buffers. */
 static void fill(struct kucomms_frame *frame,
 		 const struct kucomms_message *message)
 {
 	frame->type = message->type;
 	frame->id = message->id;
 	frame->user_value = message->user_value;
-	memcpy(frame + 1, message->data, message->length);
+	memcpy((void *)(frame + 1) + list_size(message), message->data,
+	       message->length);
+}
+
+/*
+ * Where the message goes, its buffers handed over; the caller is the only one to
+ * send, or has the lock, and goes on to publish it or to hold it: that cannot fail.
+ */
+static int begin(struct kucomms_channel *channel,
+		 const struct kucomms_message *message,
+		 struct kucomms_frame **frame)
+{
+	int err = next_frame(channel, list_size(message) + message->length,
+			     frame);
+
+	if (!err && message->buffer_count)
+		err = kucomms_hand_over(message, (void *)(*frame + 1));
+	if (err)
+		return err;
+	count_sent(channel, message->length);
+	/* Before it is seen: the answer brings the turn back. */
+	set_turn(channel, KUCOMMS_TURN_THEIRS);
+	return 0;
 }
 
 /* As the only one to send, or with the lock held. */
@@ -545,15 +608,13 @@ static int put(struct kucomms_channel *channel,
 	       const struct kucomms_message *message, u32 flags)
 {
 	struct kucomms_frame *frame;
-	int err = next_frame(channel, message->length, &frame);
+	int err = begin(channel, message, &frame);
 
 	if (!err) {
-		count_sent(channel, message->length);
 		fill(frame, message);
-		/* Before it is seen: the answer brings the turn back. */
-		set_turn(channel, KUCOMMS_TURN_THEIRS);
-		kucomms_ring_publish(&channel->tx, frame, message->length,
-				     flags);
+		kucomms_ring_publish(&channel->tx, frame,
+				     list_size(message) + message->length, flags,
+				     kucomms_frame_kind(message->buffer_count));
 	}
 	return err;
 }
@@ -561,20 +622,26 @@ static int put(struct kucomms_channel *channel,
 static int put_locked(struct kucomms_channel *channel,
 		      const struct kucomms_message *message, u32 flags)
 {
+	bool is_long = message->length > KUCOMMS_PUT_MAX;
+	u32 length = list_size(message) + message->length;
 	struct kucomms_frame *frame;
 	unsigned long irq;
 	int err;
 
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	if (message->length <= KUCOMMS_PUT_MAX)
+	if (is_long) {
+		err = begin(channel, message, &frame);
+		if (!err)
+			kucomms_ring_hold(&channel->tx, frame, length);
+	} else {
 		err = put(channel, message, flags);
-	else
-		err = reserve(channel, message->length, &frame);
+	}
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
 	/* A long copy does not keep interrupts and the others waiting. */
-	if (!err && message->length > KUCOMMS_PUT_MAX) {
+	if (!err && is_long) {
 		fill(frame, message);
-		kucomms_ring_commit(frame, message->length, flags);
+		kucomms_ring_finish(frame, length, flags,
+				    kucomms_frame_kind(message->buffer_count));
 	}
 	return err;
 }
@@ -587,8 +654,14 @@ static int send_message(struct kucomms_channel *channel,
 
 	if (flags & KUCOMMS_FLAG_TOKEN &&
 	    (flags != KUCOMMS_FLAG_TOKEN || message->length ||
+	     message->buffer_count ||
 	     !(channel->features & KUCOMMS_FEATURE_TURNS)))
 		return -EINVAL;
+	if (message->buffer_count) {
+		err = kucomms_buffers_claim(channel, message);
+		if (err)
+			return err;
+	}
 	/*
 	 * Pairs with synchronize_rcu_expedited() in end_channel() and shut():
 	 * what was reserved is committed before the user sees the end.
@@ -599,6 +672,8 @@ static int send_message(struct kucomms_channel *channel,
 	else
 		err = put(channel, message, flags);
 	rcu_read_unlock();
+	if (err && message->buffer_count)
+		kucomms_buffers_unclaim(message, message->buffer_count);
 	trace_kucomms_send(channel->serial, message->type, message->id,
 			   message->length, err);
 	return sent(channel, err);
@@ -614,7 +689,9 @@ static u32 flags_of(const struct kucomms_message *message)
  * kucomms_send - send a message
  * @channel: to whom
  * @message: what; copied. Of its flags only KUCOMMS_FLAG_REPLY counts, and
- *	     KUCOMMS_FLAG_TOKEN, see kucomms_pass_turn()
+ *	     KUCOMMS_FLAG_TOKEN, see kucomms_pass_turn(). Its buffers are handed
+ *	     over: after 0 they are the user's, and not to be touched; after an
+ *	     error they are what they were
  *
  * Any context but NMI; may be mixed freely with every other way to send but
  * kucomms_send_unlocked().
@@ -622,7 +699,10 @@ static u32 flags_of(const struct kucomms_message *message)
  * Return: 0, -EAGAIN when the ring is full (the work callback is called when
  * there is room again), -EMSGSIZE when it can never fit, -ESHUTDOWN when the
  * channel is closed, -EPROTO when the user broke the rules, -EPERM when it is the
- * user's turn, -EINVAL for a token with data, as a reply, or without turns.
+ * user's turn; -EINVAL for a token with data or buffers, as a reply, or without
+ * turns, and when one of the buffers is not the caller's to send, is of another
+ * channel or there twice, -EOPNOTSUPP when the user knows no buffers, -ESTALE when
+ * one is of a pool that was closed.
  */
 int kucomms_send(struct kucomms_channel *channel,
 		 const struct kucomms_message *message)
@@ -837,7 +917,8 @@ void kucomms_commit_unlocked(struct kucomms_channel *channel,
 	count_sent(channel, loan->length);
 	set_turn(channel, KUCOMMS_TURN_THEIRS);
 	kucomms_ring_publish(&channel->tx, loan->frame, loan->length,
-			     message->flags & KUCOMMS_FLAG_REPLY);
+			     message->flags & KUCOMMS_FLAG_REPLY,
+			     KUCOMMS_KIND_MESSAGE);
 	trace_kucomms_send(channel->serial, message->type, message->id,
 			   loan->length, 0);
 	sent(channel, 0);
@@ -852,6 +933,29 @@ void kucomms_channel_stop_sending(struct kucomms_channel *channel)
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
 	channel->tx_open = false;
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+}
+
+/*
+ * Send what is owed to the user, as far as there is room. Return: whether nothing
+ * is owed any more; else the doorbell was asked for.
+ */
+bool kucomms_channel_pay(struct kucomms_channel *channel)
+{
+	unsigned long irq;
+	int err;
+
+	while (kucomms_owes(channel)) {
+		raw_spin_lock_irqsave(&channel->tx_lock, irq);
+		err = closed(channel);
+		if (!err)
+			err = kucomms_pay(channel);
+		raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+		sent(channel, err == -EINPROGRESS ? 0 : err);
+		if (err && err != -EINPROGRESS)
+			return false;
+		cond_resched();
+	}
+	return true;
 }
 
 /*
@@ -985,8 +1089,9 @@ EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
  * @channel: the channel
  *
  * To be called from the message callback, which then gets the same message
- * again: as soon as there is room after a send to this channel has met -EAGAIN,
- * or after kucomms_resume(), or when the user is gone. No other message of the
+ * again: as soon as there is room after a send to this channel has met -EAGAIN, or
+ * buffers have come back after kucomms_allocate() has met -ENOBUFS, or after
+ * kucomms_resume(), or when the user is gone. No other message of the
  * channel comes meanwhile, and when its ring is full, the user waits. A hostile
  * user may have changed the message by then. With turns it brings the turn when it
  * is handed out first, and not again.

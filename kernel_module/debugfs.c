@@ -38,6 +38,8 @@ static u64 count_of(const u64 *count)
 static int channel_show(struct seq_file *file, void *unused)
 {
 	struct kucomms_channel *channel = file->private;
+	unsigned int pools;
+	u64 pool_pages;
 
 	seq_printf(file, "pid %d\n", channel->pid);
 	seq_printf(file, "uid %u\n",
@@ -68,6 +70,15 @@ static int channel_show(struct seq_file *file, void *unused)
 		   count_of(&channel->tx.high_water));
 	seq_printf(file, "rx_high_water %llu\n",
 		   count_of(&channel->rx.high_water));
+	kucomms_pools_count(channel, &pools, &pool_pages);
+	seq_printf(file, "pools %u\n", pools);
+	seq_printf(file, "pool_pages %llu\n", pool_pages);
+	if (channel->pools) {
+		seq_printf(file, "buffers_sent %llu\n",
+			   count_of(&channel->pools->sent));
+		seq_printf(file, "buffers_received %llu\n",
+			   count_of(&channel->pools->received));
+	}
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(channel);

@@ -145,6 +145,7 @@ static int ask_for_terms(struct kucomms_device *device,
 	int err = -ENOTCONN;
 	u64 asked;
 
+	terms->features = setup->features;
 	terms->wanted = -1;
 	if (setup->flags & KUCOMMS_SETUP_NUMBER)
 		terms->wanted = setup->channel;
@@ -456,6 +457,14 @@ static long device_ioctl(struct file *file, unsigned int command,
 	case KUCOMMS_IOC_WAIT:
 		return channel ? ioctl_wait(file, channel, argument) :
 				 -ENOTCONN;
+	case KUCOMMS_IOC_OPEN_POOL:
+		return channel ? ended(channel) ?:
+				 kucomms_ioctl_open_pool(channel, argument) :
+				 -ENOTCONN;
+	case KUCOMMS_IOC_CLOSE_POOL:
+		return channel ? ended(channel) ?:
+				 kucomms_ioctl_close_pool(channel, argument) :
+				 -ENOTCONN;
 	default:
 		return -ENOTTY;
 	}
@@ -485,7 +494,10 @@ static int device_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct kucomms_channel *channel = channel_of(file);
 
-	return channel ? kucomms_channel_mmap(channel, vma) : -ENOTCONN;
+	if (!channel)
+		return -ENOTCONN;
+	return kucomms_is_of_pool(vma) ? kucomms_pool_mmap(channel, vma) :
+					 kucomms_channel_mmap(channel, vma);
 }
 
 const struct file_operations kucomms_fops = {

@@ -5,6 +5,7 @@
  *	main.c		init, sysfs: create_device, remove_device
  *	device.c	the open file: ioctls, mmap, poll
  *	channel.c	memory, rings, sending
+ *	pool.c		pools, and buffers that messages hand over
  *	runner.c	the thread that calls an endpoint's callbacks
  *	endpoint.c	register, unregister
  *	debugfs.c	counters
@@ -20,8 +21,8 @@
  *				counted that its user is gone
  *	kucomms_runner.lock	its list of channels to look at
  *
- * and kucomms_channel.tx_lock and that of kucomms_endpoint.numbers, which are
- * leaves.
+ * and kucomms_channel.tx_lock, with a pool's lock below it, kucomms_pools.lock and
+ * that of kucomms_endpoint.numbers, which are leaves.
  */
 #ifndef _KUCOMMS_INTERNAL_H
 #define _KUCOMMS_INTERNAL_H
@@ -33,9 +34,11 @@
 #include <linux/kref.h>
 #include <linux/ktime.h>
 #include <linux/list.h>
+#include <linux/llist.h>
 #include <linux/mm_types.h>
 #include <linux/mutex.h>
 #include <linux/poll.h>
+#include <linux/refcount.h>
 #include <linux/sizes.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
@@ -55,6 +58,9 @@
 #define KUCOMMS_HOLD_LIMIT	BITS_PER_LONG
 #define KUCOMMS_BUSY_POLL_LIMIT	(100 * NSEC_PER_MSEC)
 #define KUCOMMS_PUT_MAX		2048	/* bytes copied with interrupts off */
+/* Pages that users pay for: their limit is to be an error, and kill nobody. */
+#define KUCOMMS_GFP_PAGES	(GFP_KERNEL_ACCOUNT | __GFP_ZERO | \
+				 __GFP_NOWARN | __GFP_RETRY_MAYFAIL)
 #define KUCOMMS_BATCH		64	/* messages of a channel in a row, */
 #define KUCOMMS_BATCH_BYTES	SZ_256K	/* and bytes, by about */
 
@@ -183,6 +189,44 @@ enum {
 	KUCOMMS_TURN_THEIRS,
 };
 
+/**
+ * struct kucomms_pools - the pools of a channel, and their buffers that move
+ * @lock: of @next and of filling and emptying @slots
+ * @next: the number of a side's next pool, by two
+ * @slots: those that are alive, of side 0 and of side 1
+ * @sweep: some of them may have to go
+ * @is_short: the module has found no room in a pool
+ * @back: buffers that are to be given back to the user
+ * @news: of pools
+ * @first_back: the next of those that were in @back; the sender's, as are
+ * @first_news: the same for @news, and
+ * @sent: buffers that were handed over
+ * @received: the runner's: buffers that came in messages
+ * @came_back: buffers of the module's pools, since somebody asked
+ * @hand_count: of @hand, whose message is in the callback, or left for later
+ * @hand_at: where that message is in the ring
+ * @ahead: notices before this position were taken already
+ * @hand: the buffers of that message
+ */
+struct kucomms_pools {
+	spinlock_t lock;	/* see above */
+	u32 next[2];
+	struct kucomms_pool *slots[2][KUCOMMS_POOLS_MAX];
+	atomic_t sweep;
+	atomic_t is_short;
+	struct llist_head back;
+	struct llist_head news;
+	struct llist_node *first_back;
+	struct llist_node *first_news;
+	u64 sent;
+	u64 received;
+	bool came_back;
+	u32 hand_count;
+	u64 hand_at;
+	u64 ahead;
+	struct kucomms_buffer *hand[KUCOMMS_CARRIED_MAX];
+};
+
 /* Bits of kucomms_channel.state. */
 enum {
 	KUCOMMS_OPENED,		/* the open callback has said yes */
@@ -209,8 +253,9 @@ enum {
  * @uid: its user
  * @hello: its greeting
  * @hello_length: of @hello
- * @ring_size: of each ring
  * @features: in force, KUCOMMS_FEATURE_...
+ * @pools: with KUCOMMS_FEATURE_POOLS, else NULL
+ * @ring_size: of each ring
  * @side_pages: pages of one side
  * @pages: those of side 0, then those of side 1
  * @at: where each side is mapped, its data twice in a row
@@ -256,8 +301,9 @@ struct kucomms_channel {
 	u8 hello[KUCOMMS_HELLO_MAX];
 	u32 hello_length;
 
-	u64 ring_size;
 	u64 features;
+	struct kucomms_pools *pools;
+	u64 ring_size;
 	unsigned long side_pages;
 	struct page **pages;
 	void *at[2];
@@ -328,6 +374,11 @@ extern const struct file_operations kucomms_fops;
 struct kucomms_device *kucomms_device_by_minor(u32 minor);
 
 /* channel.c */
+struct page **kucomms_pages_list(unsigned long count);
+int kucomms_pages_alloc(struct page **pages, unsigned long count);
+void kucomms_pages_free(struct page **pages, unsigned long count);
+int kucomms_pages_map(struct vm_area_struct *vma, struct page **pages,
+		      vm_flags_t never);
 struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features);
 int kucomms_channel_mmap(struct kucomms_channel *channel,
 			 struct vm_area_struct *vma);
@@ -336,11 +387,40 @@ void kucomms_channel_broken(struct kucomms_channel *channel);
 void kucomms_channel_lose_user(struct kucomms_channel *channel);
 void kucomms_channel_user_gone(struct kucomms_channel *channel);
 __poll_t kucomms_channel_events(struct kucomms_channel *channel);
+bool kucomms_channel_pay(struct kucomms_channel *channel);
 bool kucomms_channel_room(struct kucomms_channel *channel);
 void kucomms_channel_stop_sending(struct kucomms_channel *channel);
 void kucomms_channel_take_turn(struct kucomms_channel *channel);
 int kucomms_channel_check_turn(const struct kucomms_channel *channel,
 			       const struct kucomms_view *view);
+
+/* pool.c */
+int kucomms_pools_new(struct kucomms_channel *channel);
+void kucomms_pools_free(struct kucomms_channel *channel);
+void kucomms_pools_sweep(struct kucomms_channel *channel);
+void kucomms_pools_count(struct kucomms_channel *channel, unsigned int *count,
+			 u64 *pages);
+long kucomms_ioctl_open_pool(struct kucomms_channel *channel,
+			     void __user *argument);
+long kucomms_ioctl_close_pool(struct kucomms_channel *channel,
+			      void __user *argument);
+bool kucomms_is_of_pool(const struct vm_area_struct *vma);
+int kucomms_pool_mmap(struct kucomms_channel *channel,
+		      struct vm_area_struct *vma);
+int kucomms_buffers_claim(struct kucomms_channel *channel,
+			  const struct kucomms_message *message);
+void kucomms_buffers_unclaim(const struct kucomms_message *message, u32 count);
+int kucomms_hand_over(const struct kucomms_message *message,
+		      struct kucomms_carried *list);
+bool kucomms_owes(const struct kucomms_channel *channel);
+int kucomms_pay(struct kucomms_channel *channel);
+int kucomms_buffers_received(struct kucomms_channel *channel,
+			     const struct kucomms_view *view);
+int kucomms_buffers_returned(struct kucomms_channel *channel,
+			     const struct kucomms_view *view);
+void kucomms_buffers_stay(struct kucomms_channel *channel);
+void kucomms_buffers_done(struct kucomms_channel *channel);
+bool kucomms_buffers_came_back(struct kucomms_channel *channel);
 
 /* runner.c */
 struct kucomms_runner *kucomms_runner_new(const char *name);

@@ -248,6 +248,8 @@ static bool unpin(struct kucomms_channel *channel)
  * @channel: where it came from, of an endpoint with KUCOMMS_RX_IN_PLACE
  * @message: what the message callback was given, which this is called from
  *
+ * Its buffers are not held: take those that you want to keep.
+ *
  * Several may be held, 64 at most, and let go in any order. Their bytes, and those
  * of all that came after the oldest of them, are no room for the user meanwhile.
  *
@@ -274,6 +276,8 @@ struct kucomms_message *kucomms_hold(struct kucomms_channel *channel,
 	channel->held_now |= BIT(slot);
 	held = &channel->held[slot];
 	held->message = *message;
+	held->message.buffers = NULL;
+	held->message.buffer_count = 0;
 	kucomms_pin_add(&channel->rx.pins, &held->pin, channel->rx.position);
 	return &held->message;
 }
@@ -307,10 +311,40 @@ EXPORT_SYMBOL_GPL(kucomms_let_go);
 
 /* ---- receiving ----------------------------------------------------------- */
 
-/* Hand one message to the endpoint, and go on to the next if it took it. */
-static void deliver(struct kucomms_runner *runner,
-		    struct kucomms_channel *channel,
-		    const struct kucomms_view *view)
+/*
+ * What is no plain message. Return: 0 when it is a message with buffers, which are
+ * in @message now; 1 when it was a notice; -EPROTO.
+ */
+static int take_buffers(struct kucomms_channel *channel,
+			const struct kucomms_view *view,
+			struct kucomms_message *message)
+{
+	struct kucomms_pools *pools = channel->pools;
+	u32 list = view->buffers * sizeof(struct kucomms_carried);
+	int err;
+
+	if (view->flags & KUCOMMS_FLAG_NOTICE) {
+		/* Unless it was taken while a message before it stayed. */
+		if ((s64)(pools->ahead - channel->rx.position) <= 0 &&
+		    kucomms_buffers_returned(channel, view))
+			return -EPROTO;
+		return 1;
+	}
+	err = kucomms_buffers_received(channel, view);
+	message->buffers = pools->hand;
+	message->buffer_count = pools->hand_count;
+	message->data += list;
+	message->length -= list;
+	return err;
+}
+
+/*
+ * Hand one message to the endpoint, and go on to the next if it took it. Return: 0,
+ * -EPROTO.
+ */
+static int deliver(struct kucomms_runner *runner,
+		   struct kucomms_channel *channel,
+		   const struct kucomms_view *view)
 {
 	struct kucomms_message message = {
 		.type = view->type,
@@ -320,10 +354,21 @@ static void deliver(struct kucomms_runner *runner,
 		.flags = view->flags,
 		.data = (void *)view->data,
 	};
+	int err = 0;
 
+	if (view->kind == KUCOMMS_KIND_BUFFER)
+		err = take_buffers(channel, view, &message);
+	else if (channel->pools && channel->pools->hand_count)
+		err = -EPROTO; /* It had buffers when the callback left it. */
+	if (err < 0)
+		return err;
+	if (err) {
+		kucomms_ring_advance(&channel->rx, view);
+		return 0;
+	}
 	if (!(runner->endpoint->options.flags & KUCOMMS_RX_IN_PLACE)) {
 		/* The user can change the ring under our eyes, not this. */
-		memcpy(runner->buffer, view->data, view->length);
+		memcpy(runner->buffer, message.data, message.length);
 		message.data = runner->buffer;
 	}
 	clear_bit(KUCOMMS_STAYS, &channel->state);
@@ -336,13 +381,18 @@ static void deliver(struct kucomms_runner *runner,
 	if (test_and_clear_bit(KUCOMMS_STAYS, &channel->state)) {
 		if (test_and_clear_bit(KUCOMMS_RESUMED, &channel->state))
 			clear_bit(KUCOMMS_RETRY, &channel->state);
-		return;
+		if (message.buffer_count)
+			kucomms_buffers_stay(channel);
+		return 0;
 	}
+	if (message.buffer_count)
+		kucomms_buffers_done(channel);
 	channel->messages_received++;
-	channel->bytes_received += view->length;
+	channel->bytes_received += message.length;
 	trace_kucomms_receive(channel->serial, view->type, view->id,
-			      view->length, 0);
+			      message.length, 0);
 	kucomms_ring_advance(&channel->rx, view);
+	return 0;
 }
 
 /* Give space back; ring when the user waits for it, late while it @goes_on. */
@@ -384,9 +434,10 @@ static int drain(struct kucomms_runner *runner,
 			err = kucomms_channel_check_turn(channel, &view);
 		if (err < 0)
 			break;
-		if (err != KUCOMMS_SKIPPED)
-			deliver(runner, channel, &view);
-		err = 0;
+		err = err == KUCOMMS_SKIPPED ? 0 :
+					       deliver(runner, channel, &view);
+		if (err)
+			break;
 		if (channel->rx.position - before >= most) {
 			release(channel, true);
 			before = channel->rx.position;
@@ -415,6 +466,79 @@ static void call_work(struct kucomms_runner *runner,
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
 }
 
+/*
+ * A message stays for want of a buffer, and what the user gives back comes behind
+ * it: take that. Return: -EAGAIN all seen, 0 not yet, -EPROTO.
+ */
+static int look_ahead(struct kucomms_channel *channel)
+{
+	struct kucomms_ring_consumer ahead = channel->rx;
+	struct kucomms_pools *pools = channel->pools;
+	struct kucomms_view view;
+	int err = 0, count;
+
+	if ((s64)(pools->ahead - ahead.position) > 0)
+		ahead.position = pools->ahead;
+	for (count = 0; count < KUCOMMS_BATCH && !err; count++) {
+		err = kucomms_ring_peek(&ahead, &view);
+		if (err < 0)
+			break;
+		if (err == KUCOMMS_SKIPPED) {
+			err = 0;
+			continue;
+		}
+		if (view.flags & KUCOMMS_FLAG_NOTICE)
+			err = kucomms_buffers_returned(channel, &view);
+		kucomms_ring_advance(&ahead, &view);
+	}
+	pools->ahead = ahead.position;
+	/* Once more, or have the user ring for what comes next. */
+	if (err == -EAGAIN && kucomms_ring_park_for_data(&ahead))
+		err = 0;
+	channel->rx.parked = ahead.parked;
+	return err;
+}
+
+/* The message at the front stays. Return: whether there is more to do. */
+static bool wait_for_retry(struct kucomms_runner *runner,
+			   struct kucomms_channel *channel)
+{
+	int err;
+
+	if (!channel->pools || !atomic_read(&channel->pools->is_short))
+		return false;
+	err = look_ahead(channel);
+	if (err == -EPROTO) {
+		kucomms_channel_broken(channel);
+		return true;
+	}
+	if (kucomms_buffers_came_back(channel)) {
+		clear_bit(KUCOMMS_RETRY, &channel->state);
+		call_work(runner, channel);
+		return true;
+	}
+	return !err;
+}
+
+/* Messages may have brought buffers, and taken some: what follows of that. */
+static void after_buffers(struct kucomms_runner *runner,
+			  struct kucomms_channel *channel)
+{
+	unsigned long irq;
+
+	kucomms_pools_sweep(channel);
+	if (kucomms_buffers_came_back(channel))
+		call_work(runner, channel);
+	if (!kucomms_owes(channel) || !kucomms_channel_pay(channel))
+		return;
+	/* A send that met what was owed is to be told of the room that is left. */
+	if (READ_ONCE(channel->short_of)) {
+		raw_spin_lock_irqsave(&channel->runner_lock, irq);
+		make_ready(runner, channel);
+		raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+	}
+}
+
 /* Look at one channel. Return: whether there is more to do. */
 static bool serve(struct kucomms_runner *runner,
 		  struct kucomms_channel *channel)
@@ -433,7 +557,8 @@ static bool serve(struct kucomms_runner *runner,
 	}
 	if (test_and_clear_bit(KUCOMMS_WORK_AGAIN, &channel->state))
 		call_work(runner, channel);
-	if (kucomms_channel_room(channel)) {
+	kucomms_pools_sweep(channel);
+	if (kucomms_channel_pay(channel) && kucomms_channel_room(channel)) {
 		clear_bit(KUCOMMS_RETRY, &channel->state);
 		call_work(runner, channel);
 	}
@@ -451,14 +576,17 @@ static bool serve(struct kucomms_runner *runner,
 	if (unpin(channel))
 		release(channel, false);
 	if (test_bit(KUCOMMS_RETRY, &channel->state))
-		return false;
+		return wait_for_retry(runner, channel);
 	err = state > KUCOMMS_STATE_SHUTDOWN ? -EPROTO : drain(runner, channel);
 	if (err == -EPROTO) {
 		kucomms_channel_broken(channel);
 		return true;
 	}
+	if (channel->pools)
+		after_buffers(runner, channel);
 	if (err != -EAGAIN)
-		return !test_bit(KUCOMMS_RETRY, &channel->state);
+		return !test_bit(KUCOMMS_RETRY, &channel->state) ||
+		       wait_for_retry(runner, channel);
 	if (channel->rx.final) {
 		end_channel(runner, channel, KUCOMMS_STATE_OPEN);
 		return false;

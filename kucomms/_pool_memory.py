@@ -14,32 +14,52 @@ from pathlib import Path
 from kucomms import _core
 from kucomms.exceptions import TransportError
 
-__all__ = ["PAGE", "PoolMemory", "new_memory"]
+__all__ = ["PAGE", "PoolMemory", "check_room", "new_memory"]
 
 PAGE = mmap.PAGESIZE
 
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PIECE = 1 << 20
 """Bytes that are allocated in one turn of the loop: about a millisecond's worth."""
 
 
 class PoolMemory:
-    """A mapped memfd of ``size`` bytes.
+    """``size`` bytes of a file, mapped, not for a forked child. Raises OSError."""
 
-    Ordinary pages, which can be pinned and handed to another process. The size is sealed.
-    Raises OSError.
-    """
-
-    def __init__(self, size: int) -> None:
+    def __init__(self, fd: int, size: int, offset: int = 0) -> None:
         self.size = size
-        self.fd = os.memfd_create("kucomms_pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = -1
+        self.address = _core.map_memory(fd, size, offset)
+
+    @classmethod
+    def create(cls, size: int) -> PoolMemory:
+        """A new memfd, which it keeps open as ``fd``.
+
+        Ordinary pages, which can be pinned and handed to another process. The size is
+        sealed.
+        """
+        fd = os.memfd_create("kucomms_pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.fd, size)
-            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
-            self.address = _core.map_memory(self.fd, size)
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            memory = cls(fd, size)
         except BaseException:
-            os.close(self.fd)
+            os.close(fd)
             raise
+        memory.fd = fd
+        return memory
+
+    @classmethod
+    def passed(cls, fd: int, size: int) -> PoolMemory:
+        """A memfd that somebody else has made. Raises ValueError when it is not that."""
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError:  # only memory has such
+            seals = 0
+        # Without them the peer could cut it off under us, which is a SIGBUS.
+        if seals & _SEALS != _SEALS or os.fstat(fd).st_size != size:
+            raise ValueError("not the sealed memory that was announced")
+        return cls(fd, size)
 
     def allocate(self, offset: int, length: int) -> None:
         """Get the pages of a part now. Raises OSError."""
@@ -58,8 +78,9 @@ class PoolMemory:
         And so that nothing else is mapped where a later munmap would hit it.
         """
         _core.fill_hole(self.address, self.size)
-        os.close(self.fd)
-        self.fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def close(self) -> None:
         """Unmap. No view, and no transfer of the kernel's, may be left."""
@@ -73,9 +94,9 @@ async def new_memory(size: int) -> PoolMemory:
 
     Raises TransportError (ENOMEM) when the machine, or the cgroup, has no room for it.
     """
-    _check_room(size)
+    check_room(size)
     try:
-        memory = PoolMemory(size)
+        memory = PoolMemory.create(size)
         try:
             for at in range(0, size, _PIECE):
                 if at:
@@ -91,8 +112,11 @@ async def new_memory(size: int) -> PoolMemory:
         ) from error
 
 
-def _check_room(size: int) -> None:
-    """The kernel would allocate until it has to kill somebody, so ask before."""
+def check_room(size: int) -> None:
+    """The kernel would allocate until it has to kill somebody, so ask before.
+
+    Raises TransportError.
+    """
     room, whose = min(
         (_room_of_machine(), "this machine"), (_room_of_cgroup(), "this process's cgroup")
     )

@@ -10,8 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Protocol
 
-__all__ = ["TaskTicket", "ThreadTicket"]
+__all__ = ["TaskTicket", "ThreadTicket", "Ticket"]
+
+
+class Ticket(Protocol):
+    """A place in a queue."""
+
+    def wake(self) -> None:
+        """The head of the queue may try again; in the loop's thread, or a thread's own."""
 
 
 class TaskTicket:

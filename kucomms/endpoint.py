@@ -502,6 +502,8 @@ class Endpoint:
         self._links.pop(link, None)
         self._starved.pop(link, None)
         self._links_closed += 1
+        if link._connection.pools is not None:
+            link._connection.pools.end()
         for pool in list(self._pools.get(link, ())):
             pool._begin_close()
         self._events.append(("on_link_close", link, error))

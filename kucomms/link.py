@@ -7,14 +7,16 @@ import asyncio
 import concurrent.futures
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kucomms import _core
 from kucomms._core import (
+    CARRIED_MAX,
     CLOSED,
     EMPTY,
     FLAG_REPLY,
@@ -34,7 +36,8 @@ from kucomms._core import (
     TOO_MANY_LOANS,
     WRONG_THREAD,
 )
-from kucomms._queue import TaskTicket, ThreadTicket
+from kucomms._link_pools import CARRIED_SIZE, LinkPools, as_buffers
+from kucomms._queue import TaskTicket, ThreadTicket, Ticket
 from kucomms.exceptions import (
     ClosedError,
     HeaderValueError,
@@ -55,12 +58,15 @@ from kucomms.statistics import LinkStatistics
 from kucomms.zero_copy import Borrowed, Loan
 
 if TYPE_CHECKING:
+    from kucomms._pool_memory import PoolMemory
     from kucomms.endpoint import Endpoint
+    from kucomms.pool import Buffer
     from kucomms.transports.base import Connection, Peer
 
 __all__ = ["Link"]
 
 T = TypeVar("T")
+_Send = Callable[[Any, int | None, int | None, int | None], int]
 
 _FILL, _FILL_BYTES = 128, 1 << 16
 """Messages and bytes that are taken from the ring at once for tasks that await them."""
@@ -90,6 +96,12 @@ class Link:
     who sends without having it. The side that connects begins. The turn comes with a message
     when that is received, not when it arrives: so whether this side may send (``has_turn``)
     depends on nothing but what it has received.
+
+    ``buffers``: one or up to 255 of pools of this link, its own or the peer's, that are
+    handed to the peer with the message: they are gone here once it is sent, and the peer
+    frees them, or hands them back. Not sent, and nothing handed over, with ``UsageError``
+    for buffers that were freed, are of another pool or link, twice among them, or have a
+    transfer under way; with ``BufferError`` when a view of one is alive.
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection) -> None:
@@ -104,7 +116,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._opened = False
-        self._send_queue: deque[TaskTicket | ThreadTicket] = deque()
+        self._send_queue: deque[Ticket] = deque()
         self._receive_queue: deque[TaskTicket] = deque()
         # taken out of the ring, not yet handed out; older than all in the ring
         self._inbox: deque[Message] = deque()
@@ -235,6 +247,7 @@ class Link:
         type: int | None = None,
         id: int | None = None,
         user_value: int | None = None,
+        buffers: Buffer | Sequence[Buffer] | None = None,
     ) -> None:
         """Send a message; wait while the ring is full.
 
@@ -242,6 +255,9 @@ class Link:
         handler it raises ``QueueFull`` when the endpoint's backlog is full as well:
         else two endpoints that wait for each other would wait for ever.
         """
+        if buffers is not None:
+            await self._send_carrying(data, type, id, user_value, buffers, 0)
+            return
         if not self._send_queue:
             try:
                 status = self._channel_send_paced(data, type, id, user_value)
@@ -267,13 +283,17 @@ class Link:
         type: int | None = None,
         id: int | None = None,
         user_value: int | None = None,
+        buffers: Buffer | Sequence[Buffer] | None = None,
     ) -> None:
         """Send a message now. Raises ``QueueFull``, also while others wait in ``send``."""
+        send = self._channel_send
+        if buffers is not None:
+            send, _ = self._carrier(buffers, 0, send)
         if self._send_queue:
             self._check_thread()
             raise self._send_error(FULL, data)
         try:
-            status = self._channel_send(data, type, id, user_value)
+            status = send(data, type, id, user_value)
         except (TypeError, OverflowError, BufferError) as error:
             raise self._bad_argument(error) from None
         if status != OK:
@@ -423,13 +443,14 @@ class Link:
 
     async def _send_when_room(
         self,
-        send: Callable[[Any, int | None, int | None, int | None], int],
+        send: _Send,
         data: Any,
         type: int | None,
         id: int | None,
         user_value: int | None,
+        more: int = 0,
     ) -> None:
-        """Queue up and ``send`` as soon as there is room."""
+        """Queue up and ``send`` as soon as there is room; ``more``: bytes beside the data."""
         ticket = TaskTicket()
         self._send_queue.append(ticket)
         try:
@@ -443,13 +464,59 @@ class Link:
                         return
                     if status != FULL:
                         raise self._send_error(status, data)
-                    if self._channel.park_send(_size_of(data)):
+                    if self._channel.park_send(_size_of(data) + more):
                         continue
                 elif self._cannot_send():
                     raise self._closed_error()
                 await self._wait_in_send_queue(ticket)
         finally:
             self._leave_send_queue(ticket)
+
+    async def _send_carrying(
+        self,
+        data: Any,
+        type: int | None,
+        id: int | None,
+        user_value: int | None,
+        buffers: Buffer | Sequence[Buffer],
+        flags: int,
+    ) -> None:
+        plain = self._channel.send_reply if flags else self._channel_send
+        send, more = self._carrier(buffers, flags, plain)
+        if self._connection.pools is not None and self._connection.pools.paces():
+            await self._endpoint._breathe()
+        if not self._send_queue:
+            try:
+                status = send(data, type, id, user_value)
+            except (TypeError, OverflowError, BufferError) as error:
+                raise self._bad_argument(error) from None
+            if status == OK:
+                return
+            if status != FULL:
+                raise self._send_error(status, data)
+        await self._send_when_room(send, data, type, id, user_value, more)
+
+    def _carrier(
+        self, buffers: Buffer | Sequence[Buffer], flags: int, plain: _Send
+    ) -> tuple[_Send, int]:
+        """What sends these buffers with a message, and the bytes that they take in it."""
+        self._check_thread()
+        given = as_buffers(buffers)
+        if not given:
+            return plain, 0
+        if self._cannot_send():
+            raise self._closed_error()
+        if len(given) > CARRIED_MAX:
+            raise UsageError(
+                f"{self._url}: a message hands over {CARRIED_MAX} buffers at most, not "
+                f"{len(given)}; send several"
+            )
+        if not self._connection.carries_buffers:
+            raise UsageError(
+                f"{self._url}: buffers cannot be handed over this link; that takes a peer that "
+                "knows how (no C program), and over shm:// one of the same user"
+            )
+        return partial(self._link_pools().send, given, flags), CARRIED_SIZE * len(given)
 
     async def _wait_in_send_queue(self, ticket: TaskTicket) -> None:
         self._check_thread()
@@ -469,7 +536,7 @@ class Link:
         finally:
             endpoint._handler_waits.discard(ticket.fail)
 
-    def _leave_send_queue(self, ticket: TaskTicket | ThreadTicket) -> None:
+    def _leave_send_queue(self, ticket: Ticket) -> None:
         self._send_queue.remove(ticket)
         if not self._send_queue:
             self._channel.unpark_send()
@@ -642,6 +709,9 @@ class Link:
                     self._receive_failed(borrow)
                 self._raise_if_ended()
                 return None
+            if isinstance(borrow, Message):
+                self._rearm()
+                return borrow
             if not borrow.flags & FLAG_REPLY:
                 self._rearm()
                 return borrow
@@ -719,6 +789,7 @@ class Link:
         type: int | None = None,
         id: int | None = None,
         user_value: int | None = None,
+        buffers: Buffer | Sequence[Buffer] | None = None,
         timeout: float | None = None,
     ) -> Message:
         """Send a message and wait for the reply to it.
@@ -746,7 +817,9 @@ class Link:
         self._requests[id] = future
         try:
             async with asyncio.timeout(timeout):
-                await self.send(data, type=type, id=id, user_value=user_value)
+                await self.send(
+                    data, type=type, id=id, user_value=user_value, buffers=buffers
+                )
                 return await self._wait_for_reply(future)
         except TimeoutError as error:
             if isinstance(error, KucommsError):
@@ -764,6 +837,7 @@ class Link:
         *,
         type: int | None = None,
         user_value: int | None = None,
+        buffers: Buffer | Sequence[Buffer] | None = None,
     ) -> None:
         """Answer a message that the peer has sent with ``request``.
 
@@ -773,6 +847,9 @@ class Link:
         """
         if type is None:
             type = message.type
+        if buffers is not None:
+            await self._send_carrying(data, type, message.id, user_value, buffers, FLAG_REPLY)
+            return
         if not self._send_queue:
             try:
                 status = self._channel.send_reply(data, type, message.id, user_value)
@@ -839,9 +916,27 @@ class Link:
     # ---- memory -------------------------------------------------------------
 
     def open_pool(self, size: int, *, quota: int | None = None) -> Opening:
-        """As ``kucomms.open_pool``; this pool is closed with the link, if not before."""
+        """As ``kucomms.open_pool``; this pool is closed with the link, if not before.
+
+        Its buffers can be handed to the peer, see ``send``, which maps the pool as well, and
+        can write to all of it. That takes a peer that knows how: over shm:// one of the same
+        user, and no C program; with others the pool is for transfers only.
+        """
         self._check_thread()
         return Opening(size, quota, self)
+
+    def _link_pools(self) -> LinkPools:
+        """The keeper of this link's pools."""
+        pools = self._connection.pools
+        if pools is None:
+            pools = self._connection.pools = LinkPools(self)
+        return pools
+
+    def _peer_opened_pool(self, number: int, memory: PoolMemory) -> int:
+        return self._link_pools().peer_opened(number, memory)
+
+    def _received_frame(self, *frame: Any) -> Message | bool | None:
+        return self._link_pools().received(frame)
 
     # ---- closing ------------------------------------------------------------
 
@@ -903,6 +998,8 @@ class Link:
             pass
         self._fail_requests()
         self._wake_senders()
+        if self._connection.pools is not None:
+            self._connection.pools.peer_left()
         if self._over:
             return
         if self._endpoint._has_message_handler:
@@ -979,6 +1076,9 @@ class Link:
 
     def _start(self) -> None:
         self._channel.on_room(self._wake_first_sender)
+        if self._connection.carries_buffers:
+            self._channel.on_frame(self._received_frame)
+            self._connection.pool_opened = self._peer_opened_pool
         self._connection.start(self._woken, self._peer_left)
 
     def _woken(self) -> None:

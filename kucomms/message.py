@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The message: a header of three free fields, and data; and the token, which has none."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-__all__ = ["Message", "Token"]
+if TYPE_CHECKING:
+    from kucomms.pool import Buffer
+
+__all__ = ["CarryingMessage", "Message", "Token"]
 
 
 class Message(msgspec.Struct, gc=False, frozen=True):
@@ -18,7 +23,12 @@ class Message(msgspec.Struct, gc=False, frozen=True):
     borrowed one, anything bytes-like in one to be sent. ``type``, ``id`` and
     ``user_value`` are unsigned 64-bit integers, free for the user, no value
     reserved. Messages are immutable and compare by value.
+
+    ``buffers``: those of pools that the peer has handed over with it, a tuple, empty as a
+    rule. Who sends the message again sends them only with ``buffers=message.buffers``.
     """
+
+    buffers: ClassVar[tuple[Buffer, ...]] = ()
 
     data: Any = b""
     type: int = 0
@@ -37,3 +47,9 @@ class Token(Message, gc=False, frozen=True):
     so what sends every message back passes the turn back. It has no data; its header is the
     user's.
     """
+
+
+class CarryingMessage(Message, gc=True, frozen=True):
+    """A received message that brought buffers. Others are as cheap as they can be."""
+
+    buffers: tuple[Buffer, ...] = ()  # type: ignore[misc]

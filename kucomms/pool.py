@@ -27,9 +27,10 @@ from kucomms._receiver import Receiver
 from kucomms.exceptions import ClosedError, KucommsError, PoolFull, UsageError
 from kucomms.statistics import PoolStatistics
 from kucomms.transfers import open_engine
-from kucomms.transfers.base import Operation, Transfer
+from kucomms.transfers.base import Engine, Operation, Transfer
 
 if TYPE_CHECKING:
+    from kucomms._link_pools import LinkPools
     from kucomms.link import Link
 
 __all__ = ["Buffer", "Completion", "Opening", "Pool", "open_pool"]
@@ -85,12 +86,15 @@ class _Block:
 
 
 class Buffer:
-    """Bytes of a pool; from ``Pool.allocate``.
+    """Bytes of a pool; from ``Pool.allocate``, or handed over by a peer with a message.
 
     A context manager, which frees it. It begins at the start of a page. It is not zeroed.
     """
 
-    __slots__ = ("__weakref__", "_block", "_length", "_pool")
+    __slots__ = ("__weakref__", "_block", "_gone", "_length", "_pool")
+
+    _gone: str
+    """What became of it, instead of being freed."""
 
     def __init__(self, pool: Pool, block: _Block) -> None:
         self._pool = pool
@@ -101,18 +105,27 @@ class Buffer:
         return self._length
 
     def __repr__(self) -> str:
-        return f"<Buffer of {self._length} bytes{'' if self._block else ', freed'}>"
+        state = "" if self._block else f", {getattr(self, '_gone', 'freed')}"
+        return f"<Buffer of {self._length} bytes{state}>"
+
+    @property
+    def pool(self) -> Pool:
+        """The pool that it is of."""
+        return self._pool
 
     @property
     def data(self) -> memoryview:
-        """Writable, as long as the buffer. Raises UsageError when it was freed."""
+        """Writable, as long as the buffer. Raises UsageError when it is not ours any more."""
         block = self._block
         if block is None:
-            raise UsageError(f"{self!r} was used after it was freed")
+            raise self._gone_error()
         return block.view if block.view is not None else self._pool._view(block)
 
+    def _gone_error(self) -> UsageError:
+        return UsageError(f"{self!r} was used after it was {getattr(self, '_gone', 'freed')}")
+
     def free(self) -> None:
-        """Give the bytes back. Twice is fine; any thread may.
+        """Give the bytes back. Twice is fine, and after handing it over; any thread may.
 
         While a transfer is under way with it, or a view of it lives, the bytes are not
         handed out again. Raises BufferError, with that already done, when slices of
@@ -149,6 +162,16 @@ class Buffer:
             warnings.warn(f"{self!r} was never freed", ResourceWarning, source=self, stacklevel=2)
 
 
+class Received(Buffer):
+    """One that a message brought: who does not keep it gives it back."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        if self._block is not None:
+            self._pool._forsake(self._block)
+
+
 Piece = Buffer | tuple[Buffer, int, int]
 """A buffer, or a part of it: (buffer, offset, length)."""
 
@@ -172,11 +195,21 @@ class Pool:
     All methods raise UsageError for what can never work, in another thread than that of the
     loop in which it was opened, and after a fork in the child; ClosedError once it is
     closed.
+
+    The buffers of a link's pool can be handed to its peer with messages, and come back with
+    messages, or when the peer frees them: see ``Link.send``. A pool of the peer's is that of
+    a buffer which it has handed over, ``buffer.pool``. It has transfers, and no ``allocate``.
     """
 
     _opened = False
 
     def __init__(self, memory: PoolMemory, quota: int) -> None:
+        # of a link's pool, when its buffers can be handed to the peer
+        self._shared: LinkPools | None = None
+        self._number = -1
+        # what the peer has, by first page
+        self._out: dict[int, _Block] = {}
+        self._handed_over = 0
         self._memory = memory
         self._quota = quota
         self._allocated = 0
@@ -190,7 +223,7 @@ class Pool:
         self._forked = False
         self._closing = False
         self._closed: asyncio.Future[None] = self._loop.create_future()
-        self._engine = open_engine(memory, self._complete)
+        self._engine = self._open_engine()
         self._under_way: set[Transfer] = set()
         self._untold = 0  # of those, how many end as completions
         self._completions: deque[Completion] = deque()
@@ -201,6 +234,9 @@ class Pool:
         self._posting: set[Receiver] = set()
         _pools.add(self)
         self._opened = True
+
+    def _open_engine(self) -> Engine:
+        return open_engine(self._memory, self._complete)
 
     def __repr__(self) -> str:
         return f"<Pool of {self.size} bytes{', closed' if self._closing else ''}>"
@@ -232,6 +268,7 @@ class Pool:
             size=self.size,
             quota=self._quota,
             allocated=self._allocated,
+            handed_over=self._handed_over,
             registered=self._engine.registered,
             in_flight=len(self._under_way),
             completed=self._completed,
@@ -248,12 +285,16 @@ class Pool:
     def allocate(self, size: int) -> Buffer:
         """A buffer of ``size`` bytes, in whole pages of its own.
 
-        Raises PoolFull when there is no room now, or others wait for room; ValueError for
+        What the peer has freed by now is seen, whether somebody receives at the moment or
+        not. Raises PoolFull when there is no room now, or others wait for room; ValueError for
         a size that this pool can never have.
         """
         self._check()
         pages = self._pages_for(size)
         buffer = None if self._waiting else self._take(size, pages)
+        if buffer is None and self._shared is not None and self._out and not self._waiting:
+            self._shared.look()
+            buffer = self._take(size, pages)
         if buffer is None:
             raise PoolFull(
                 f"no {size} bytes in a row are free in this pool of {self.size} bytes, with a "
@@ -263,21 +304,33 @@ class Pool:
         return buffer
 
     async def allocate_when_room(self, size: int) -> Buffer:
-        """As ``allocate``, but waits for room, first come first served."""
+        """As ``allocate``, but waits for room, first come first served.
+
+        Also for what the peer gives back. What it has sent before that is taken into the
+        endpoint's backlog meanwhile, as with ``Link.request``.
+        """
         self._check()
         pages = self._pages_for(size)
         ticket = TaskTicket()
         self._waiting.append(ticket)
+        shared = self._shared
+        if shared is not None:
+            shared.begin_wait(ticket)
         try:
             while True:
                 if self._waiting[0] is ticket:
                     buffer = self._take(size, pages)
+                    if buffer is None and shared is not None:
+                        shared.arm()
+                        buffer = self._take(size, pages)
                     if buffer is not None:
                         return buffer
                 await ticket.wait()
                 self._check()
         finally:
             self._waiting.remove(ticket)
+            if shared is not None:
+                shared.end_wait(ticket)
             self._wake_waiting()
 
     def _pages_for(self, size: int) -> int:
@@ -302,13 +355,20 @@ class Pool:
         return Buffer(self, block)
 
     def _view(self, block: _Block) -> memoryview:
-        self._check()
+        self._check_view()
+        living = None if block.watch is None else block.watch()
+        if living is not None:  # it is watched already
+            block.view = memoryview(living)
+            return block.view
         view = self._memory.view(block.start * PAGE, block.length)
         block.watch = _Watch(view.obj, self._view_died)
         block.watch.block = block
         _watches[id(block.watch)] = block.watch
         block.view = view
         return view
+
+    def _check_view(self) -> None:
+        self._check()
 
     def _view_died(self, watch: weakref.ref[Any]) -> None:
         """Perhaps in another thread."""
@@ -324,6 +384,10 @@ class Pool:
         block.drop_view()
         self._let_go(block)
         return True
+
+    def _forsake(self, block: _Block) -> None:
+        """It came with a message, and nobody holds it any more. Anywhere, in any thread."""
+        self._free(block)
 
     def _let_go(self, block: _Block) -> None:
         self._idle.append(block)
@@ -351,15 +415,40 @@ class Pool:
             if unused and block in self._blocks:
                 self._blocks.remove(block)
                 block.watch = None
-                self._extents.give(block.start, block.pages)
                 self._allocated -= block.pages * PAGE
+                self._return(block)
         if self._closed.done() and not self._blocks and self in _lingering:
             _lingering.remove(self)
             self._memory.close()
 
+    def _return(self, block: _Block) -> None:
+        """Nobody here needs it any more."""
+        self._extents.give(block.start, block.pages)
+
     def _wake_waiting(self) -> None:
         if self._waiting:
             self._waiting[0].wake()
+
+    # ---- handing over -------------------------------------------------------
+
+    def _hand_over(self, block: _Block) -> None:
+        """The peer has it now."""
+        self._out[block.start] = block
+        self._handed_over += block.pages * PAGE
+
+    def _take_back(self, page: int, length: int) -> _Block | None:
+        """The peer has it no more. None when it never had."""
+        block = self._out.get(page)
+        if block is None or block.length != length:
+            return None
+        del self._out[page]
+        self._handed_over -= block.pages * PAGE
+        return block
+
+    def _received(self, page: int, length: int) -> Buffer | None:
+        """What a message brought. None when it cannot have."""
+        block = self._take_back(page, length)
+        return None if block is None else Received(self, block)
 
     # ---- transfers ----------------------------------------------------------
 
@@ -521,7 +610,7 @@ class Pool:
                 raise UsageError(f"{buffer!r} belongs to another pool")
             block = buffer._block
             if block is None:
-                raise UsageError(f"{buffer!r} was used after it was freed")
+                raise buffer._gone_error()
             length = block.length if length is None else index(length)
             if not (offset >= 0 and length >= 0 and offset + length <= block.length):
                 raise UsageError(f"{length} bytes at {offset} are not inside of {buffer!r}")
@@ -629,13 +718,23 @@ class Pool:
         if self._closed.done():
             return
         self._engine.close()
-        for block in self._blocks.copy():
-            self._free(block)
+        self._tell_closed()
+        self._free_all()
         _pools.discard(self)
         _lingering.add(self)
         self._closed.set_result(None)
         with _unmapping:
             self._collect()
+
+    def _tell_closed(self) -> None:
+        if self._shared is not None:
+            out, self._out = self._out, {}
+            self._handed_over = 0
+            self._shared.closed(self, out)
+
+    def _free_all(self) -> None:
+        for block in self._blocks.copy():
+            self._free(block)
 
     def __del__(self) -> None:
         if not self._opened or self._forked or self._closed.done():
@@ -695,15 +794,18 @@ class Opening:
         return self._open().__await__()
 
     async def _open(self) -> Pool:
+        link = self._link
+        if link is not None and link._connection.carries_buffers:
+            return await link._link_pools().open(self._size, self._quota)
         memory = await new_memory(self._size)
         try:
             pool = Pool(memory, self._quota)
         except BaseException:
             memory.close()
             raise
-        if self._link is not None:
+        if link is not None:
             try:
-                self._link._endpoint._adopt_pool(self._link, pool)
+                link._endpoint._adopt_pool(link, pool)
             except BaseException:
                 await pool.aclose()
                 raise

@@ -78,7 +78,12 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     quota: int
     allocated: int
-    """Whole pages; also of buffers that are free, but still in use by a transfer or a view."""
+    """Whole pages; also of buffers that are free, but still in use by a transfer or a view.
+
+    Of a pool of the peer's: what is here of it.
+    """
+    handed_over: int
+    """Of those, what the peer has now."""
     registered: int
     """Of the pool's memory, what the kernel has pinned once for all transfers."""
     in_flight: int

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kucomms._core import EMPTY, FLAG_TOKEN, OK, Borrow
-from kucomms.message import Message, Token
+from kucomms.message import CarryingMessage, Message, Token
 
 if TYPE_CHECKING:
     from kucomms.link import Link
@@ -98,8 +98,10 @@ def borrowed_message(taken: Borrow | Message) -> tuple[Borrow | bytearray, Messa
     if isinstance(taken, Message):
         # A bytearray can tell whether views of it are alive: it does not change its size.
         keeper = bytearray(taken.data)
-        view = memoryview(keeper).toreadonly()
-        return keeper, type(taken)(view, taken.type, taken.id, taken.user_value)
+        fields = memoryview(keeper).toreadonly(), taken.type, taken.id, taken.user_value
+        if taken.buffers:
+            return keeper, CarryingMessage(*fields, taken.buffers)
+        return keeper, type(taken)(*fields)
     kind = Token if taken.flags & FLAG_TOKEN else Message
     return taken, kind(memoryview(taken), taken.type, taken.id, taken.user_value)
 

@@ -12,18 +12,23 @@ from typing import Any
 
 from kucomms._core import _setup  # type: ignore[attr-defined]
 from kucomms._core._ring import (
+    CARRIED_MAX,
     CLOSED,
     EMPTY,
+    FLAG_NOTICE,
     FLAG_REPLY,
     FLAG_TOKEN,
     FORKED,
     FULL,
     HEADER_SIZE,
+    KIND_BUFFER,
+    KIND_POOL,
     MORE,
     NO_TOKEN,
     OK,
     OUT_OF_TURN,
     PAUSE,
+    POOLS_MAX,
     PROTOCOL,
     STATE_CLOSED,
     STATE_OPEN,
@@ -44,19 +49,24 @@ from kucomms._core._ring import (
 from kucomms.exceptions import ProtocolError, TransportError, VersionError
 
 __all__ = [
+    "CARRIED_MAX",
     "CLOSED",
     "EMPTY",
+    "FLAG_NOTICE",
     "FLAG_REPLY",
     "FLAG_TOKEN",
     "FORKED",
     "FULL",
     "HEADER_SIZE",
+    "KIND_BUFFER",
+    "KIND_POOL",
     "MORE",
     "NAME_MAX",
     "NO_TOKEN",
     "OK",
     "OUT_OF_TURN",
     "PAUSE",
+    "POOLS_MAX",
     "PROTOCOL",
     "STATE_CLOSED",
     "STATE_OPEN",
@@ -75,6 +85,8 @@ __all__ = [
     "drain_socket",
     "drop_message",
     "fill_hole",
+    "ioctl_close_pool",
+    "ioctl_open_pool",
     "ioctl_setup",
     "lib",
     "map_memory",
@@ -194,9 +206,9 @@ class HalfChannel:
         self._pointer = None
 
 
-def map_memory(fd: int, size: int) -> int:
-    """Map a file of pages, not for a forked child. Its address. Raises OSError."""
-    address = int(lib.setup_map(fd, size))
+def map_memory(fd: int, size: int, offset: int = 0) -> int:
+    """Map pages of a file, not for a forked child. Their address. Raises OSError."""
+    address = int(lib.setup_map(fd, size, offset))
     if address < 0:
         raise OSError(-address, os.strerror(-address))
     return address
@@ -325,6 +337,20 @@ def new_setup() -> Any:
 def ioctl_setup(fd: int, setup: Any) -> int:
     """Make a channel of an open device; 0 or an errno. May wait for the kernel endpoint."""
     return int(lib.setup_ioctl(fd, setup))
+
+
+def ioctl_open_pool(fd: int, size: int) -> tuple[int, int]:
+    """Have the kernel open a pool. Its number, and where to map it. Raises OSError."""
+    number, offset = _ffi.new("uint32_t *"), _ffi.new("uint64_t *")
+    err = int(lib.setup_open_pool(fd, size, number, offset))
+    if err:
+        raise OSError(err, os.strerror(err))
+    return int(number[0]), int(offset[0])
+
+
+def ioctl_close_pool(fd: int, number: int) -> int:
+    """Say that a pool of ours is closed; 0 or an errno."""
+    return int(lib.setup_close_pool(fd, number))
 
 
 def record_bytes(record: Any) -> bytes:

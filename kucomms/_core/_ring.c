@@ -67,6 +67,7 @@ typedef struct channel_object {
 	int eventfd;			/* does so instead, or -1 */
 	PyObject *room;			/* called when a dropped loan's bytes are free */
 	PyObject *requests;		/* a dict, by the ids that are waited for */
+	PyObject *frames;		/* takes those that are no plain messages */
 	int receiving;			/* inside receive(), which runs Python code */
 	unsigned long owner;		/* thread of attach() */
 	unsigned long generation;	/* of forks, at birth */
@@ -695,6 +696,7 @@ static int channel_traverse(ChannelObject *self, visitproc visit, void *arg)
 	Py_VISIT(self->doorbell);
 	Py_VISIT(self->room);
 	Py_VISIT(self->requests);
+	Py_VISIT(self->frames);
 	return 0;
 }
 
@@ -703,6 +705,7 @@ static int channel_clear(ChannelObject *self)
 	Py_CLEAR(self->doorbell);
 	Py_CLEAR(self->room);
 	Py_CLEAR(self->requests);
+	Py_CLEAR(self->frames);
 	return 0;
 }
 
@@ -714,6 +717,7 @@ static void channel_dealloc(ChannelObject *self)
 	Py_CLEAR(self->doorbell);
 	Py_CLEAR(self->room);
 	Py_CLEAR(self->requests);
+	Py_CLEAR(self->frames);
 	if (self->mapped) {
 		all_remove(self);
 		kucomms_channel_unmap(self->channel);
@@ -787,6 +791,21 @@ static PyObject *channel_expect(ChannelObject *self, PyObject *requests)
 		return NULL;
 	}
 	self->requests = Py_NewRef(requests);
+	Py_XDECREF(old);
+	Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(channel_on_frame_doc,
+"on_frame(callback)\n\ncallback(kind, flags, buffers, data, type, id, user_value) is called for\n"
+"what the peer sends that is no plain message: data is all of it, and begins with that\n"
+"many struct kucomms_carried. It returns a Message to be received, None for nothing, or\n"
+"False: the peer broke the rules. Without a callback it always did.");
+
+static PyObject *channel_on_frame(ChannelObject *self, PyObject *callback)
+{
+	PyObject *old = self->frames;
+
+	self->frames = Py_NewRef(callback);
 	Py_XDECREF(old);
 	Py_RETURN_NONE;
 }
@@ -874,6 +893,55 @@ static PyObject *channel_send_threadsafe(ChannelObject *self,
 {
 	return check_args("send_threadsafe", nargs, 4) ? NULL :
 	       send_from(self, args, 0, 1);
+}
+
+PyDoc_STRVAR(channel_send_front_doc,
+"send_front(data, type, id, user_value, front, kind, flags) -> status\n\n"
+"As send, of another kind; front: the bytes that it begins with.");
+
+static PyObject *channel_send_front(ChannelObject *self, PyObject *const *args,
+				    Py_ssize_t nargs)
+{
+	enum status status;
+	struct outgoing out;
+	unsigned long kind, flags;
+	Py_ssize_t length;
+	char *front;
+	int err;
+
+	if (check_args("send_front", nargs, 7))
+		return NULL;
+	kind = PyLong_AsUnsignedLong(args[5]);
+	flags = PyLong_AsUnsignedLong(args[6]);
+	if (PyErr_Occurred() ||
+	    PyBytes_AsStringAndSize(args[4], &front, &length) ||
+	    outgoing_read(self->state, &out, args[0], args[1], args[2], args[3]))
+		return NULL;
+	if (kind == KUCOMMS_KIND_BUFFER)
+		kind = kucomms_frame_kind((uint32_t)((size_t)length /
+					  sizeof(struct kucomms_carried)));
+	status = may_send(self, 0);
+	if (status == OK && (uint64_t)out.length > UINT32_MAX)
+		status = TOO_LARGE;
+	if (status == OK && out.flags)
+		status = NO_TOKEN;
+	if (status == OK) {
+		begin_use(self);
+		err = kucomms_channel_put_front_locked(self->channel,
+						       (uint32_t)kind,
+						       (uint32_t)flags, front,
+						       (uint32_t)length,
+						       out.data,
+						       (uint32_t)out.length,
+						       out.type, out.id,
+						       out.user_value);
+		status = err ? status_of(err) : OK;
+		if (status == OK && kucomms_channel_publish(self->channel))
+			ring_doorbell(self);
+		end_use(self);
+	}
+	outgoing_clear(&out);
+	return from_status(status);
 }
 
 PyDoc_STRVAR(channel_send_many_doc,
@@ -993,7 +1061,7 @@ PyDoc_STRVAR(channel_receive_doc,
 "Append up to limit messages of together at most budget bytes of the ring to\n"
 "the list messages, those with the reply flag to the list replies; with first, the\n"
 "first message however large it is. OK also when there were none; MORE when so much\n"
-"had to be skipped that others shall have a turn first: then there may be messages\n"
+"had to be skipped that others shall have a turn first, or something was taken that is\nno message for the user: then there may be messages\n"
 "behind it; PROTOCOL after what came before the fault.\n\n"
 "serve() receives lazily: MORE when limit or budget has ended it, too; and the peer may\n"
 "not be told at once that there is space: when owing is true then, call\n"
@@ -1031,13 +1099,51 @@ static PyObject *message_from(ChannelObject *self,
 	return message;
 }
 
+/*
+ * What is no plain message goes to the callback of on_frame(), which gets a copy: the
+ * peer can change what is in the ring. It may run anything. Return: a Message, None
+ * when there is none for the user, NULL when the peer broke the rules or, with an
+ * exception, there is no memory.
+ */
+static PyObject *take_front(ChannelObject *self, const struct kucomms_view *view)
+{
+	PyObject *data, *result = NULL, *callback = self->frames;
+
+	data = PyBytes_FromStringAndSize((const char *)view->data,
+					 (Py_ssize_t)view->length);
+	if (!data)
+		return NULL;
+	kucomms_channel_advance_front(self->channel, view);
+	if (callback) {
+		Py_INCREF(callback);
+		result = PyObject_CallFunction(callback, "IIIOKKK",
+					       (unsigned int)view->kind,
+					       (unsigned int)view->flags,
+					       (unsigned int)view->buffers,
+					       data,
+					       (unsigned long long)view->type,
+					       (unsigned long long)view->id,
+					       (unsigned long long)
+					       view->user_value);
+		if (!result)	/* a bug; but that nothing can be trusted is true */
+			PyErr_WriteUnraisable(callback);
+		Py_DECREF(callback);
+	}
+	Py_DECREF(data);
+	if (result == Py_False)
+		Py_CLEAR(result);
+	if (!result)
+		kucomms_channel_fault(self->channel, -EPROTO);
+	return result;
+}
+
 /* See receive(); -1 with an exception. may_receive() has said OK. */
 static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 			 long long budget, PyObject *messages,
 			 PyObject *replies, int first, int lazily)
 {
 	struct kucomms_channel *channel = self->channel;
-	int failed = 0, skipped = 0, more = 0, taken = 0;
+	int failed = 0, skipped = 0, more = 0, taken = 0, others = 0;
 	enum status status = OK;
 
 	/*
@@ -1062,6 +1168,33 @@ static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 			status = PROTOCOL;
 			break;
 		}
+		if (view.kind != KUCOMMS_KIND_MESSAGE) {
+			if (!is_reply(self, &view))
+				view.flags &= ~(uint32_t)KUCOMMS_FLAG_REPLY;
+			if (kucomms_kind_is_message(view.kind, view.flags) &&
+			    !(view.flags & KUCOMMS_FLAG_REPLY)) {
+				budget -= (long long)
+					  kucomms_frame_span(view.length);
+				if (budget < 0 && !(first && !taken)) {
+					more = 1;
+					break;
+				}
+				taken = 1;
+			}
+			message = take_front(self, &view);
+			if (!message) {
+				failed = PyErr_Occurred() != NULL;
+				status = PROTOCOL;
+				break;
+			}
+			others |= message == Py_None;
+			failed = message != Py_None &&
+				 PyList_Append(messages, message);
+			Py_DECREF(message);
+			if (failed)
+				break;
+			continue;
+		}
 		/* Replies cost nothing: somebody waits for them. */
 		reply = is_reply(self, &view);
 		if (!reply)
@@ -1084,7 +1217,8 @@ static int receive_batch(ChannelObject *self, Py_ssize_t limit,
 	end_use(self);
 	if (failed)
 		return -1;
-	if (skipped || (lazily && status == OK && (more || limit == 0)))
+	if (skipped || (lazily && status == OK && (more || limit == 0)) ||
+	    (!lazily && status == OK && others))
 		return MORE;
 	return status;
 }
@@ -1304,8 +1438,9 @@ static PyObject *channel_wake_producer(ChannelObject *self, PyObject *unused)
 }
 
 PyDoc_STRVAR(channel_borrow_doc,
-"borrow() -> Borrow or status\n\nThe next message in place. EMPTY also when much was\n"
-"skipped: whether there is nothing, park_receive() says.");
+"borrow() -> Borrow, Message or status\n\nThe next message in place, or as on_frame() made\n"
+"it. EMPTY also when something was skipped: whether there is nothing, park_receive()\n"
+"says.");
 
 static PyObject *channel_borrow(ChannelObject *self, PyObject *unused)
 {
@@ -1340,6 +1475,25 @@ static PyObject *channel_borrow(ChannelObject *self, PyObject *unused)
 		if (kucomms_channel_release(self->channel))
 			ring_doorbell(self);
 		return from_status(err == -EPROTO ? PROTOCOL : EMPTY);
+	}
+	if (view.kind != KUCOMMS_KIND_MESSAGE) {
+		PyObject *message;
+
+		Py_DECREF(borrow);
+		if (!is_reply(self, &view))
+			view.flags &= ~(uint32_t)KUCOMMS_FLAG_REPLY;
+		begin_use(self);
+		self->receiving = 1;
+		message = take_front(self, &view);
+		self->receiving = 0;
+		release_space(self, 0);
+		end_use(self);
+		if (!message)
+			return PyErr_Occurred() ? NULL : from_status(PROTOCOL);
+		if (message != Py_None)
+			return message;
+		Py_DECREF(message);
+		return from_status(EMPTY);
 	}
 	borrow->channel = (ChannelObject *)Py_NewRef((PyObject *)self);
 	borrow->view = view;
@@ -1435,6 +1589,7 @@ static PyObject *channel_unmap(ChannelObject *self, PyObject *unused)
 	self->eventfd = -1;
 	Py_CLEAR(self->doorbell);
 	Py_CLEAR(self->room);
+	Py_CLEAR(self->frames);
 	unmap_if_unused(self);
 	Py_RETURN_NONE;
 }
@@ -1563,6 +1718,9 @@ static PyMethodDef channel_methods[] = {
 	       channel_send_reply_doc),
 	METHOD("send_threadsafe", channel_send_threadsafe, METH_FASTCALL,
 	       channel_send_threadsafe_doc),
+	METHOD("on_frame", channel_on_frame, METH_O, channel_on_frame_doc),
+	METHOD("send_front", channel_send_front, METH_FASTCALL,
+	       channel_send_front_doc),
 	METHOD("send_many", channel_send_many, METH_FASTCALL,
 	       channel_send_many_doc),
 	METHOD("reserve", channel_reserve, METH_FASTCALL, channel_reserve_doc),
@@ -1727,8 +1885,8 @@ PyDoc_STRVAR(drain_socket_doc,
 "drain_socket(fd) -> status\n\n"
 "Take the doorbells off a socket, never blocking. OK: it is empty. FULL: there is\n"
 "more than can be read in one go. CLOSED: it has ended. PROTOCOL: there was\n"
-"something else than doorbells. If it was files, they are left in it: to drop one can\n"
-"block for as long as its owner likes.");
+"something else than doorbells, which is left in it. If it was files, so is what comes\n"
+"with them: to drop one can block for as long as its owner likes.");
 
 static PyObject *drain_socket(PyObject *module, PyObject *fd)
 {
@@ -1749,10 +1907,12 @@ static PyObject *drain_socket(PyObject *module, PyObject *fd)
 		message.msg_iov = &part;
 		message.msg_iovlen = 1;
 		size = recvmsg((int)number, &message, MSG_PEEK | MSG_DONTWAIT);
-		if (size > 0 && message.msg_flags & MSG_CTRUNC)
+		for (at = 0; at < size && bells[at] == 1; at++)
+			;
+		if (size > 0 && (!at || message.msg_flags & MSG_CTRUNC))
 			return from_status(PROTOCOL);
 		if (size > 0)
-			size = recv((int)number, bells, (size_t)size,
+			size = recv((int)number, bells, (size_t)at,
 				    MSG_DONTWAIT);
 		if (size < 0 && errno == EINTR)
 			continue;
@@ -1760,9 +1920,6 @@ static PyObject *drain_socket(PyObject *module, PyObject *fd)
 			return from_status(OK);
 		if (size <= 0)
 			return from_status(CLOSED);
-		for (at = 0; at < size; at++)
-			if (bells[at] != 1)
-				return from_status(PROTOCOL);
 	}
 	return from_status(FULL);
 }
@@ -1863,6 +2020,11 @@ static int module_exec(PyObject *module)
 		{ "NO_TOKEN", NO_TOKEN },
 		{ "FLAG_REPLY", KUCOMMS_FLAG_REPLY },
 		{ "FLAG_TOKEN", KUCOMMS_FLAG_TOKEN },
+		{ "FLAG_NOTICE", KUCOMMS_FLAG_NOTICE },
+		{ "KIND_BUFFER", KUCOMMS_KIND_BUFFER },
+		{ "KIND_POOL", KUCOMMS_KIND_POOL },
+		{ "CARRIED_MAX", KUCOMMS_CARRIED_MAX },
+		{ "POOLS_MAX", KUCOMMS_POOLS_MAX },
 		{ "STATE_OPEN", KUCOMMS_STATE_OPEN },
 		{ "STATE_CLOSED", KUCOMMS_STATE_CLOSED },
 		{ "STATE_SHUTDOWN", KUCOMMS_STATE_SHUTDOWN },

@@ -2,6 +2,8 @@
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
+from kucomms.message import Message
+
 OK: int
 FULL: int
 EMPTY: int
@@ -17,6 +19,11 @@ OUT_OF_TURN: int
 NO_TOKEN: int
 FLAG_REPLY: int
 FLAG_TOKEN: int
+FLAG_NOTICE: int
+KIND_BUFFER: int
+KIND_POOL: int
+CARRIED_MAX: int
+POOLS_MAX: int
 STATE_OPEN: int
 STATE_CLOSED: int
 STATE_SHUTDOWN: int
@@ -76,6 +83,20 @@ class Channel:
     def send_threadsafe(
         self, data: Any, type: int | None, id: int | None, user_value: int | None, /
     ) -> int: ...
+    def on_frame(
+        self, callback: Callable[[int, int, int, bytes, int, int, int], Message | bool | None], /
+    ) -> None: ...
+    def send_front(
+        self,
+        data: Any,
+        type: int | None,
+        id: int | None,
+        user_value: int | None,
+        front: bytes,
+        kind: int,
+        flags: int,
+        /,
+    ) -> int: ...
     def send_many(self, messages: Sequence[Any], start: int, /) -> tuple[int, int]: ...
     def reserve(
         self, size: int, type: int | None, id: int | None, user_value: int | None, /
@@ -106,7 +127,7 @@ class Channel:
         /,
     ) -> int | tuple[Any, Any]: ...
     def wake_producer(self) -> None: ...
-    def borrow(self) -> Borrow | int: ...
+    def borrow(self) -> Borrow | Message | int: ...
     def park_receive(self) -> bool: ...
     def park_send(self, size: int, /) -> bool: ...
     def unpark_send(self) -> None: ...

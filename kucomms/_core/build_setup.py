@@ -19,12 +19,15 @@ ffi.cdef("""
     #define KUCOMMS_ABI_VERSION ...
     #define KUCOMMS_FEATURES ...
     #define KUCOMMS_FEATURE_TURNS ...
+    #define KUCOMMS_FEATURE_POOLS ...
     #define KUCOMMS_NAME_MAX ...
     #define KUCOMMS_HELLO_MAX ...
     #define KUCOMMS_SETUP_NUMBER ...
     #define KUCOMMS_STEP_HELLO ...
     #define KUCOMMS_STEP_SETUP ...
     #define KUCOMMS_STEP_ATTACH ...
+    #define KUCOMMS_STEP_POOL ...
+    #define KUCOMMS_STEP_MAPPED ...
     #define KUCOMMS_SEALED ...
     #define KUCOMMS_EVENTFDS ...
     #define KUCOMMS_RENDEZVOUS_FLAGS ...
@@ -44,7 +47,7 @@ ffi.cdef("""
         uint32_t status;
         uint32_t flags;
         uint32_t hello_length;
-        uint32_t reserved;
+        uint32_t pool;
         uint8_t hello[64];
     };
 
@@ -69,6 +72,8 @@ ffi.cdef("""
     uint64_t kucomms_message_max(uint64_t ring_size);
 
     int setup_ioctl(int fd, struct kucomms_setup *setup);
+    int setup_open_pool(int fd, uint64_t size, uint32_t *number, uint64_t *offset);
+    int setup_close_pool(int fd, uint32_t number);
     int setup_shm_create(const char *name);
     int setup_shm_unlink(const char *name);
     struct kucomms_channel *setup_channel_new(uint32_t own, uint64_t ring_size,
@@ -77,7 +82,7 @@ ffi.cdef("""
     int kucomms_channel_attach(struct kucomms_channel *channel, int fd,
                                uint64_t offset);
     void setup_channel_free(struct kucomms_channel *channel);
-    intptr_t setup_map(int fd, size_t size);
+    intptr_t setup_map(int fd, size_t size, int64_t offset);
     void setup_populate(uintptr_t at, size_t size);
     int setup_unmap(uintptr_t at, size_t size);
     int setup_fill_hole(uintptr_t at, size_t size);
@@ -138,6 +143,25 @@ ffi.set_source(
         return err ? errno : 0;
     }
 
+    static int setup_open_pool(int fd, uint64_t size, uint32_t *number,
+                               uint64_t *offset)
+    {
+        struct kucomms_pool_request request = { .size = size };
+
+        if (ioctl(fd, KUCOMMS_IOC_OPEN_POOL, &request))
+            return errno;
+        *number = request.number;
+        *offset = request.offset;
+        return 0;
+    }
+
+    static int setup_close_pool(int fd, uint32_t number)
+    {
+        struct kucomms_pool_request request = { .number = number };
+
+        return ioctl(fd, KUCOMMS_IOC_CLOSE_POOL, &request) ? errno : 0;
+    }
+
     static int setup_shm_unlink(const char *name)
     {
         return shm_unlink(name) ? -errno : 0;
@@ -169,9 +193,9 @@ ffi.set_source(
     }
 
     /* Not for a forked child. Return: where, or -errno. */
-    static intptr_t setup_map(int fd, size_t size)
+    static intptr_t setup_map(int fd, size_t size, int64_t offset)
     {
-        void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
 
         if (at == MAP_FAILED)
             return -errno;

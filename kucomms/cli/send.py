@@ -61,7 +61,7 @@ async def _run(
     *,
     data: bytes | None,
     count: int,
-    header: dict[str, int | None],
+    header: dict[str, Any],
     request: bool,
     timeout: float,
     ring_size: int | None,

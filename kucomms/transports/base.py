@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from kucomms import _core
-from kucomms.exceptions import AddressError, KucommsError
+from kucomms.exceptions import AddressError, KucommsError, ProtocolError
 
 if TYPE_CHECKING:
     from kucomms._core import Channel
+    from kucomms._link_pools import LinkPools
+    from kucomms._pool_memory import PoolMemory
 
 __all__ = [
     "RING_LIMIT",
@@ -127,6 +129,18 @@ class Connection(ABC):
 
     pollable = True
     """Whether the peer can send while this thread spins: it does not run in its loop."""
+    carries_buffers = False
+    """Whether messages can hand over buffers: both sides know how. Then ``channel`` has
+    ``on_frame`` and ``send_front``, and the methods below are implemented."""
+    side = 1
+    """Ours, of the channel: 0 for who listens. Its pools have numbers of 2k + side."""
+    pools: LinkPools | None = None
+    """The link's; from its first pool on."""
+    pool_opened: Callable[[int, PoolMemory], int]
+    """Set by the link before ``start``: to be called, in the loop, when the peer has opened
+    a pool, with its number and the memory as it is mapped here. Returns 0, and the memory is
+    the link's; or an errno for who opened it. Raises ProtocolError when the peer broke the
+    rules."""
 
     def __init__(self, url: str, channel: Channel, peer: Peer) -> None:
         self.url = url
@@ -151,6 +165,26 @@ class Connection(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop watching and give back what is not memory. Twice is fine."""
+
+    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+        """Make memory of so many bytes, whole pages, that both sides have mapped.
+
+        Returns the number of the pool, and the memory as it is mapped here. Not cancelled
+        but by the end of the loop. Raises OSError: no memory, or the peer did not map it,
+        or went.
+        """
+        raise NotImplementedError
+
+    def close_pool(self, number: int) -> bool:
+        """Tell the peer that our pool of this number is closed; False: a frame has to."""
+        return False
+
+    def map_pool(self, size: int, offset: int) -> PoolMemory:
+        """Map a pool of the peer's that it has announced by a frame.
+
+        Raises OSError, and ProtocolError where pools are not announced so.
+        """
+        raise ProtocolError(f"{self.url}: the other side announces a pool in the ring")
 
 
 class Listener(ABC):

@@ -8,6 +8,7 @@ side, as for every other transport. Doorbell: a call into the other side's loop.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from kucomms import _core
+from kucomms._pool_memory import PoolMemory, new_memory
 from kucomms.exceptions import (
     AddressInUseError,
     BusyError,
@@ -32,6 +34,8 @@ from kucomms.transports.base import (
 
 __all__ = ["transport"]
 
+_FEATURES: int = _core.lib.KUCOMMS_FEATURE_POOLS
+"""In force on all links."""
 _ONCE = 5.0
 """Seconds that a listener which is there may take to answer a connect(timeout=0)."""
 
@@ -50,6 +54,8 @@ class InprocConnection(Connection):
         self._gone: Callable[[KucommsError | None], None] | None = None
         # what came before start(), to be told then
         self._early: list[Callable[[], None]] | None = []
+        self._opening: set[asyncio.Future[int]] = set()
+        self._pool_number = 0
 
     def start(
         self, woken: Callable[[], None], gone: Callable[[KucommsError | None], None]
@@ -90,12 +96,58 @@ class InprocConnection(Connection):
         elif self._gone is not None:
             self._gone(None)
 
+    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+        memory = await new_memory(size)
+        try:
+            # Each side has a mapping of its own, which lives as long as it likes.
+            theirs = PoolMemory.passed(memory.fd, size)
+            number, self._pool_number = self.side + self._pool_number, self._pool_number + 2
+            answered: asyncio.Future[int] = self._loop.create_future()
+            other = self.other
+            if other is None or not other._call(
+                lambda: other._take_pool(number, theirs, answered)
+            ):
+                theirs.close()
+                raise _core.os_error(errno.ECONNRESET, f"{self.url}: the other side is gone")
+            self._opening.add(answered)
+            try:
+                problem = await answered
+            finally:
+                self._opening.discard(answered)
+            if problem:
+                raise _core.os_error(problem, f"{self.url}: the other side cannot map the pool")
+            return number, memory
+        except BaseException:
+            memory.close()
+            raise
+
+    def _take_pool(
+        self, number: int, memory: PoolMemory, answered: asyncio.Future[int]
+    ) -> None:
+        """The other side has opened a pool."""
+        if self._early is not None:
+            self._early.append(lambda: self._take_pool(number, memory, answered))
+            return
+        problem = errno.ECONNRESET if self._gone is None else self.pool_opened(number, memory)
+        if problem:
+            memory.close()
+        other = self.other
+        if other is not None:
+            other._call(lambda: _answer(answered, problem))
+
     def close(self) -> None:
         other, self.other = self.other, None
         self._woken = None
         self._gone = None
+        for answered in self._opening:
+            _answer(answered, errno.ECONNRESET)
         if other is not None:
             other._call(other._report_gone)
+
+
+def _answer(answered: asyncio.Future[int], problem: int) -> None:
+    if not answered.done():
+        answered.set_result(problem)
 
 
 class InprocListener(Listener):
@@ -216,7 +268,8 @@ def _make_pair(
         try:
             os.posix_fallocate(fd, 0, 2 * side)
             for own in (0, 1):
-                half = _core.HalfChannel(url, own, ring_size, fd, own * side, options.features)
+                features = options.features | _FEATURES
+                half = _core.HalfChannel(url, own, ring_size, fd, own * side, features)
                 halves.append(half)
             listener, connector = (
                 made.attach(fd, (1 - own) * side) for own, made in enumerate(halves)
@@ -239,6 +292,8 @@ def _make_pair(
         url, connector, Peer(pid=me[0], uid=me[1], hello=options.hello), request.loop
     )
     ours.other, theirs.other = theirs, ours
+    ours.side = 0
+    ours.carries_buffers = theirs.carries_buffers = True
     ours.pollable = theirs.pollable = loop is not request.loop
     return ours, theirs
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from kucomms import _core
 from kucomms._core import lib, ring_device
+from kucomms._pool_memory import PoolMemory, check_room
 from kucomms.exceptions import (
     AddressError,
     BusyError,
@@ -105,6 +106,40 @@ class KernelConnection(Connection):
         elif events:
             self._woken()
 
+    # ---- pools ---------------------------------------------------------------
+
+    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+        """See ``Connection.open_pool``."""
+        if self._fd < 0:
+            raise _core.os_error(errno.ESHUTDOWN, f"{self.url}: the link is closed")
+        check_room(size)
+        # A large one takes a while, and the link may be closed meanwhile.
+        device = os.dup(self._fd)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                None, _open_pool, device, size
+            )
+        except OSError as error:
+            raise _core.os_error(
+                error.errno or 0, f"{self.url}: the kernel has no pool of {size} bytes"
+            ) from error
+
+    def close_pool(self, number: int) -> bool:
+        """See ``Connection.close_pool``."""
+        if self._fd >= 0:
+            _core.ioctl_close_pool(self._fd, number)  # fails when all is over
+        return True
+
+    def map_pool(self, size: int, offset: int) -> PoolMemory:
+        """See ``Connection.map_pool``."""
+        try:
+            return PoolMemory(self._fd, size, offset)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # It was closed before we have read of it: nothing of it will ever come.
+            return PoolMemory.create(size)
+
     def close(self) -> None:
         """See ``Connection.close``."""
         fd, self._fd = self._fd, -1
@@ -115,6 +150,19 @@ class KernelConnection(Connection):
             self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
         os.close(fd)
+
+
+def _open_pool(device: int, size: int) -> tuple[int, PoolMemory]:
+    """A new pool, mapped. Closes the descriptor. Raises OSError."""
+    try:
+        number, offset = _core.ioctl_open_pool(device, size)
+        try:
+            return number, PoolMemory(device, size, offset)
+        except OSError:
+            _core.ioctl_close_pool(device, number)
+            raise
+    finally:
+        os.close(device)
 
 
 def _open(address: Address) -> int:
@@ -185,7 +233,9 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
     hello = bytes(record.hello[0 : record.hello_length])
     numbered = bool(record.flags & lib.KUCOMMS_SETUP_NUMBER)
     peer = Peer(hello=hello, kernel=True, channel=int(record.channel) if numbered else None)
-    return KernelConnection(url, channel, peer, fd, epoll)
+    connection = KernelConnection(url, channel, peer, fd, epoll)
+    connection.carries_buffers = bool(features & lib.KUCOMMS_FEATURE_POOLS)
+    return connection
 
 
 def _refused(address: Address, number: int, record: object) -> KucommsError:

@@ -18,6 +18,7 @@ import fcntl
 import os
 import secrets
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -26,8 +27,18 @@ from typing import Any
 import structlog
 
 from kucomms import _core
-from kucomms._core import CLOSED, FULL, PROTOCOL, drain_eventfd, drain_socket, lib, ring_socket
+from kucomms._core import (
+    CLOSED,
+    FULL,
+    OK,
+    PROTOCOL,
+    drain_eventfd,
+    drain_socket,
+    lib,
+    ring_socket,
+)
 from kucomms._log_limit import LogLimit
+from kucomms._pool_memory import PAGE, PoolMemory, new_memory
 from kucomms.exceptions import (
     BusyError,
     KucommsError,
@@ -76,8 +87,13 @@ _PIECE = 1 << 20
 """Bytes of memory that are allocated in one turn of the loop: about a millisecond's worth."""
 _MAKERS = 4
 """Rendezvous of a listener that allocate at once, each a piece in each turn."""
+_DECIDED = int(lib.KUCOMMS_FEATURE_TURNS)
+"""Features that are in force when the listener was told so, and not when both sides know them."""
 _SETUP_FILES = 3
 """Descriptors that come with a listener's answer at most: the memory and two doorbells."""
+_POOL_STEPS = (lib.KUCOMMS_STEP_POOL, lib.KUCOMMS_STEP_MAPPED)
+_RECORDS = 64
+"""Of pools, that are read in one turn of the loop, and that may wait for the peer to read."""
 
 
 class ShmConnection(Connection):
@@ -96,6 +112,9 @@ class ShmConnection(Connection):
         bells: tuple[int, int] | None,
     ) -> None:
         super().__init__(url, channel, peer)
+        self._pool_number = 0
+        self._opening: dict[int, asyncio.Future[int]] = {}
+        self._outbox: deque[tuple[bytes, list[int]]] = deque()
         self._sock: socket.socket | None = sock
         self._pidfd = pidfd
         self._bells = bells
@@ -141,15 +160,18 @@ class ShmConnection(Connection):
         if self._sock is None:
             return
         status = drain_socket(self._sock.fileno())
+        try:
+            if status == PROTOCOL and self.carries_buffers:
+                status = self._read_records(self._sock)
+        except ProtocolError as error:
+            self._gone(error)
+            return
+        if self._sock is None:  # closed by what a record said
+            return
         if status == CLOSED:
             self._gone(None)
         elif status == PROTOCOL:
-            self._gone(
-                ProtocolError(
-                    f"{self.url}: the other side wrote nonsense into the link's socket; the link "
-                    "was closed"
-                )
-            )
+            self._gone(self._nonsense())
         else:
             if status == FULL:
                 assert self._loop is not None
@@ -159,15 +181,150 @@ class ShmConnection(Connection):
     def _died(self) -> None:
         self._gone(None)
 
+    def _nonsense(self) -> ProtocolError:
+        return ProtocolError(
+            f"{self.url}: the other side wrote nonsense into the link's socket; the link was closed"
+        )
+
+    # ---- pools ---------------------------------------------------------------
+
+    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+        memory = await new_memory(size)
+        try:
+            number, self._pool_number = self.side + self._pool_number, self._pool_number + 2
+            answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            self._opening[number] = answered
+            try:
+                self._send_later(
+                    _record(lib.KUCOMMS_STEP_POOL, pool=number, ring_size=size), [memory.fd]
+                )
+                problem = await answered
+            finally:
+                self._opening.pop(number, None)
+            if problem:
+                raise _core.os_error(problem, f"{self.url}: the other side cannot map the pool")
+            return number, memory
+        except BaseException:
+            self._outbox = deque(one for one in self._outbox if memory.fd not in one[1])
+            memory.close()
+            raise
+
+    def _send_later(self, record: bytes, fds: list[int]) -> None:
+        self._outbox.append((record, fds))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send the records that wait for room in the socket."""
+        sock = self._sock
+        if sock is None:
+            self._end_opening()
+            return
+        assert self._loop is not None
+        self._loop.remove_writer(sock.fileno())
+        while self._outbox:
+            record, fds = self._outbox[0]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+            try:
+                sock.sendmsg([record], ancillary if fds else [], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._loop.add_writer(sock.fileno(), self._flush)
+                return
+            except OSError:  # its reader will see why
+                return
+            self._outbox.popleft()
+
+    def _read_records(self, sock: socket.socket) -> int:
+        """Read what is not doorbells. What ``drain_socket`` says after it.
+
+        Raises ProtocolError.
+        """
+        for _ in range(_RECORDS):
+            try:
+                head = sock.recv(_RECORD_SIZE, socket.MSG_PEEK)
+                bells = len(head) - len(head.lstrip(b"\1"))
+                if bells:  # before a record with a file, at which ``drain_socket`` stops
+                    sock.recv(bells)
+                elif head:
+                    self._read_record(sock)
+            except (BlockingIOError, ConnectionResetError):
+                pass  # as is said below
+            if self._sock is None:
+                return OK
+            status = drain_socket(sock.fileno())
+            if status != PROTOCOL:
+                return status
+        return FULL
+
+    def _read_record(self, sock: socket.socket) -> None:
+        fds: list[int] = []
+        try:
+            room = socket.CMSG_LEN(array.array("i").itemsize)
+            data, ancillary, flags, _ = sock.recvmsg(_RECORD_SIZE, room, socket.MSG_CMSG_CLOEXEC)
+            for _level, _kind, payload in ancillary:
+                fds.extend(array.array("i", payload))
+            if len(data) != _RECORD_SIZE or (flags & socket.MSG_CTRUNC and fds):
+                raise self._nonsense()
+            step = _core.new_record(data).step
+            if step not in _POOL_STEPS:
+                raise self._nonsense()
+            record = _check_record(self.url, data, step)
+            if step == lib.KUCOMMS_STEP_MAPPED:
+                answered = self._opening.get(record.pool)
+                if answered is None or answered.done() or fds:
+                    raise self._nonsense()
+                answered.set_result(record.status)
+            else:
+                # without a file: we have no descriptor left for it
+                status = self._take_pool(record, fds[0]) if fds else errno.EMFILE
+                if not fds and not flags & socket.MSG_CTRUNC:
+                    raise self._nonsense()
+                if len(self._outbox) > _RECORDS:
+                    raise self._nonsense()  # it asks, and does not read the answers
+                self._send_later(
+                    _record(lib.KUCOMMS_STEP_MAPPED, pool=record.pool, status=status), []
+                )
+        finally:
+            _close_all(fds)
+
+    def _take_pool(self, record: Any, fd: int) -> int:
+        """Map a pool of the peer's. 0 or an errno. Raises ProtocolError."""
+        size = int(record.ring_size)
+        try:
+            if not size or size % PAGE:
+                raise ValueError
+            memory = PoolMemory.passed(fd, size)
+        except (ValueError, OverflowError):
+            raise ProtocolError(
+                f"{self.url}: the other side did not pass the {size} bytes of sealed memory that "
+                "it announced for a pool; the link was closed"
+            ) from None
+        except OSError as error:
+            return error.errno or errno.ENOMEM
+        status = errno.EPROTO
+        try:
+            status = self.pool_opened(int(record.pool), memory)
+        finally:
+            if status:
+                memory.close()
+        return status
+
+    def _end_opening(self) -> None:
+        for answered in self._opening.values():
+            if not answered.done():
+                answered.set_result(errno.ECONNRESET)
+
     def close(self) -> None:
         sock, self._sock = self._sock, None
         bells, self._bells = self._bells, None
         if sock is None:
             return
+        self._outbox.clear()
+        self._end_opening()
         self.channel.mute()
         # A forked child shares the loop's epoll: what it took out there, it took from us.
         if self._loop is not None and not self._loop.is_closed() and not self.channel.forked:
             self._loop.remove_reader(sock.fileno())
+            self._loop.remove_writer(sock.fileno())
             self._loop.remove_reader(self._pidfd)
             if bells is not None:
                 self._loop.remove_reader(bells[0])
@@ -186,7 +343,6 @@ def _record(step: int, *, hello: bytes = b"", **fields: int) -> bytes:
     record.magic = lib.KUCOMMS_MAGIC
     record.version = lib.KUCOMMS_ABI_VERSION
     record.step = step
-    record.features = lib.KUCOMMS_FEATURES
     record.hello_length = len(hello)
     record.hello[0 : len(hello)] = hello
     for name, value in fields.items():
@@ -206,7 +362,7 @@ def _check_record(url: str, data: bytes, step: int) -> Any:
         )
     if (
         record.step != step
-        or record.reserved
+        or (record.pool and step not in _POOL_STEPS)
         or record.hello_length > lib.KUCOMMS_HELLO_MAX
         or record.flags & ~lib.KUCOMMS_RENDEZVOUS_FLAGS
     ):
@@ -221,6 +377,13 @@ def _check_offer(url: str, offered: int, needed: int) -> None:
             f"{url}: the links of this listener have turns, and the other side does not know those "
             "(its kucomms is older, or not complete); use the same version on both sides"
         )
+
+
+def _known_features(own: bool) -> int:
+    """Those that a link with a peer of our own user, or not, may have."""
+    known = int(lib.KUCOMMS_FEATURES)
+    # A pool is written by both sides, and what is read of it can change meanwhile.
+    return known if own else known & ~int(lib.KUCOMMS_FEATURE_POOLS)
 
 
 def _hello_of(record: Any) -> bytes:
@@ -275,24 +438,28 @@ async def _receive_record(
     fds: list[int],
     *,
     most: int,
+    own: bool = False,
     ended: asyncio.Future[None] | None = None,
 ) -> Any:
     """The next record, and in ``fds`` the descriptors that came with it, at most so many.
 
     More are never taken, nor dropped: see ``foreign_files``. Those that are taken are held
     before the record's part is, so that this does not drop the last hold on them.
-    ``ended``: when it is done, only what has arrived already is taken.
+    ``own``: the peer is of our own user, and the file of a pool may follow the record, for
+    which MSG_PEEK would take it. ``ended``: when it is done, only what has arrived already is
+    taken.
     """
     data = b""
     last = False
     item = array.array("i").itemsize
+    peek = 0 if own else socket.MSG_PEEK
     while len(data) < _RECORD_SIZE:
         room = most - len(fds)
         # CMSG_SPACE would have room for one more, where that aligns it.
         space = socket.CMSG_LEN(item * room) if room else 0
         try:
             part, ancillary, flags, _address = sock.recvmsg(
-                _RECORD_SIZE - len(data), space, socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
+                _RECORD_SIZE - len(data), space, peek | socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             if last:
@@ -313,7 +480,7 @@ async def _receive_record(
         if not part:
             raise _dropped(url, errno.ECONNRESET)
         try:
-            data += sock.recv(len(part))
+            data += sock.recv(len(part)) if peek else part
         except OSError as error:
             raise _dropped(url, error.errno) from error
     return _check_record(url, data, step)
@@ -637,7 +804,9 @@ class ShmListener(Listener):
                     go_on = partial(self._check_wanted, sock)
                     fd = await _new_memory(url, size, sealed=not own, go_on=go_on)
                     fds.append(fd)
-                half = _core.HalfChannel(url, 0, ring_size, fd, 0, self._options.features)
+                features = self._options.features
+                features |= int(wanted.features) & _known_features(own) & ~_DECIDED
+                half = _core.HalfChannel(url, 0, ring_size, fd, 0, features)
                 if not own:
                     _seal(fd)
             except OSError as error:
@@ -656,15 +825,17 @@ class ShmListener(Listener):
                 _record(
                     lib.KUCOMMS_STEP_SETUP,
                     hello=self._options.hello,
-                    features=self._options.features,
                     ring_size=ring_size,
                     flags=flags,
+                    features=features,
                 ),
                 fds,
             )
             channel = await self._attached(sock, pidfd, half, fd, side, own)
             peer = Peer(pid=pid, uid=uid, hello=_hello_of(wanted))
             connection = ShmConnection(url, channel, peer, sock, pidfd, bells)
+            connection.side = 0
+            connection.carries_buffers = bool(features & lib.KUCOMMS_FEATURE_POOLS)
             pidfd = -1
             del fds[1:]  # the bells, which are the connection's
             return connection
@@ -699,6 +870,7 @@ class ShmListener(Listener):
                 lib.KUCOMMS_STEP_ATTACH,
                 passed,
                 most=0 if own else 1,
+                own=own,
                 ended=self._ended,
             )
             if own:
@@ -777,8 +949,11 @@ async def _attach(
                 "that is meant",
             )
         pidfd = peer_pidfd(sock, url)
+        foreign = uid != os.geteuid()
+        known = _known_features(own=not foreign)
         hello = _record(
             lib.KUCOMMS_STEP_HELLO,
+            features=known,
             hello=options.hello,
             ring_size=options.ring_size,
             flags=lib.KUCOMMS_EVENTFDS if _eventfds_work() else 0,
@@ -790,11 +965,16 @@ async def _attach(
             if error.errno not in _VANISHED:
                 raise
         # This answer proves that the pidfd is the peer's.
-        foreign = uid != os.geteuid()
         most = 1 if foreign else _SETUP_FILES
         setup = await _receive_record(url, sock, pidfd, lib.KUCOMMS_STEP_SETUP, fds, most=most)
         _check_status(url, setup.status)
-        ring_size, features = int(setup.ring_size), int(setup.features)
+        features = int(setup.features)
+        if features & ~known:
+            raise ProtocolError(
+                f"{url}: the listener answers with features {features:#x}, and asked for were "
+                f"{known:#x}"
+            )
+        ring_size = int(setup.ring_size)
         if not _is_ring_size(ring_size):
             raise ProtocolError(f"{url}: the other side says that the ring has {ring_size} bytes")
         limit = options.most(own=not foreign)
@@ -824,9 +1004,11 @@ async def _attach(
         else:
             half = _core.HalfChannel(url, 1, ring_size, theirs, side, features)
         channel = half.attach(theirs, 0)
-        _send_record(url, sock, _record(lib.KUCOMMS_STEP_ATTACH, ring_size=ring_size), mine)
+        attach = _record(lib.KUCOMMS_STEP_ATTACH, ring_size=ring_size, features=features)
+        _send_record(url, sock, attach, mine)
         peer = Peer(pid=pid, uid=uid, hello=_hello_of(setup))
         connection = ShmConnection(url, channel, peer, sock, pidfd, bells)
+        connection.carries_buffers = bool(features & lib.KUCOMMS_FEATURE_POOLS)
         pidfd = -1
         if bells:
             del fds[1:]  # they are the connection's now

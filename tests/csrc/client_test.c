@@ -828,7 +828,7 @@ static const struct mistake mistakes[] = {
 	{ AT(flags) + 3, 128, -EPROTO },
 	{ AT(hello_length), 65, -EPROTO },
 	{ AT(hello_length) + 3, 128, -EPROTO },
-	{ AT(reserved), 1, -EPROTO },
+	{ AT(pool), 1, -EPROTO },
 };
 
 static void *connect_with_mistake(void *argument)

@@ -767,7 +767,8 @@ static void test_publish(void)
 	CHECK(again == frame);
 	kucomms_channel_fill(frame, "12345678", 8, 1, 2, 3);
 	expect_empty(&pair);
-	kucomms_ring_publish(&pair.a.tx, frame, 8, KUCOMMS_FLAG_REPLY);
+	kucomms_ring_publish(&pair.a.tx, frame, 8, KUCOMMS_FLAG_REPLY,
+			     KUCOMMS_KIND_MESSAGE);
 	CHECK(kucomms_channel_tx_avail(&pair.a) == 40);
 	CHECK(!kucomms_channel_peek(&pair.b, &view));
 	CHECK(view.length == 8 && view.flags == KUCOMMS_FLAG_REPLY);
@@ -778,6 +779,70 @@ static void test_publish(void)
 				&frame) == -EAGAIN);
 	CHECK(kucomms_ring_next(&pair.a.tx, (uint32_t)pair.size, &frame) ==
 	      -EMSGSIZE);
+	pair_close(&pair);
+}
+
+/* Frames that hand over buffers, or are no messages at all. */
+static void test_buffers(void)
+{
+	static const struct kucomms_carried two[] = { { 2, 3, 4 }, { 5, 6, 7 } };
+	const struct kucomms_pool_news news = { .number = 2 };
+	uint32_t most;
+	struct kucomms_view view;
+	struct pair pair;
+
+	pair_open_with(&pair, 0, KUCOMMS_FEATURE_POOLS);
+	CHECK(!kucomms_channel_put_front_locked(&pair.a, kucomms_frame_kind(2),
+						KUCOMMS_FLAG_REPLY, two,
+						sizeof(two), "data", 4, 1, 2, 3));
+	CHECK(!kucomms_channel_put_front_locked(&pair.a, kucomms_frame_kind(1),
+						KUCOMMS_FLAG_NOTICE, two, 16,
+						NULL, 0, 0, 0, 0));
+	CHECK(!kucomms_channel_put_front_locked(&pair.a, KUCOMMS_KIND_POOL, 0,
+						&news, sizeof(news), NULL, 0, 0,
+						0, 0));
+	CHECK(!kucomms_channel_peek(&pair.b, &view));
+	CHECK(view.kind == KUCOMMS_KIND_BUFFER && view.buffers == 2);
+	CHECK(view.length == 36 && view.flags == KUCOMMS_FLAG_REPLY);
+	CHECK(view.type == 1 && view.id == 2 && view.user_value == 3);
+	CHECK(!memcmp(view.data, two, 32) && !memcmp(view.data + 32, "data", 4));
+	kucomms_channel_advance_front(&pair.b, &view);
+	CHECK(!kucomms_channel_peek(&pair.b, &view));
+	CHECK(view.kind == KUCOMMS_KIND_BUFFER && view.buffers == 1 &&
+	      view.length == 16 && view.flags == KUCOMMS_FLAG_NOTICE);
+	kucomms_channel_advance_front(&pair.b, &view);
+	CHECK(!kucomms_channel_peek(&pair.b, &view));
+	CHECK(view.kind == KUCOMMS_KIND_POOL && view.length == sizeof(news));
+	kucomms_channel_advance_front(&pair.b, &view);
+	expect_empty(&pair);
+	/* Counted is what is the user's. */
+	CHECK(pair.a.messages_sent == 1 && pair.a.bytes_sent == 4);
+	CHECK(pair.b.messages_received == 1 && pair.b.bytes_received == 4);
+	CHECK(pair.a.publishes == 3);
+	/* Never, and not now. */
+	most = (uint32_t)kucomms_message_max(pair.size) - 32;
+	CHECK(kucomms_channel_put_front_locked(&pair.a, kucomms_frame_kind(2), 0,
+					       two, 32, pair.raw, most + 1, 0, 0,
+					       0) == -EMSGSIZE);
+	CHECK(kucomms_channel_put_front_locked(&pair.a, kucomms_frame_kind(2), 0,
+					       two, 32, pair.raw, UINT32_MAX, 0,
+					       0, 0) == -EMSGSIZE);
+	CHECK(kucomms_channel_put_front_locked(&pair.a, kucomms_frame_kind(2), 0,
+					       two, 32, pair.raw, most, 0, 0,
+					       0) == -EAGAIN);
+	CHECK(pair.a.full_waits == 1);
+	CHECK(kucomms_channel_put_front_locked(&pair.a, kucomms_frame_kind(2),
+					       KUCOMMS_FLAG_NOTICE, two, 32,
+					       pair.raw, most, 0, 0, 0) ==
+	      -EAGAIN);
+	CHECK(pair.a.full_waits == 1);
+	pair_close(&pair);
+	/* Without the feature it is nonsense. */
+	pair_open(&pair, 0);
+	CHECK(!kucomms_channel_put_front_locked(&pair.a, kucomms_frame_kind(2), 0,
+						two, sizeof(two), NULL, 0, 0, 0,
+						0));
+	CHECK(kucomms_channel_peek(&pair.b, &view) == -EPROTO);
 	pair_close(&pair);
 }
 
@@ -1378,6 +1443,7 @@ static const struct {
 	{ "space_epoch", test_space_epoch },
 	{ "lazy_release", test_lazy_release },
 	{ "publish", test_publish },
+	{ "buffers", test_buffers },
 	{ "starves", test_starves },
 	{ "poll", test_poll },
 	{ "hostile_producer_position", test_hostile_producer_position },

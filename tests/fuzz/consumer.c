@@ -99,13 +99,22 @@ static void peek(void)
 	left = c->available - c->position;
 	CHECK(left >= 32 && view->length <= left - 32);
 	CHECK(view->data == c->data + c->position % RING_SIZE + 32);
-	CHECK(!(view->flags &
-		~(uint32_t)(KUCOMMS_FLAG_REPLY | KUCOMMS_FLAG_TOKEN)));
-	if (view->flags & KUCOMMS_FLAG_TOKEN)
+	CHECK(view->kind < 32 && c->kinds & 1u << view->kind);
+	if (view->flags & KUCOMMS_FLAG_TOKEN) {
 		CHECK(s.turns && !view->length &&
 		      view->flags == KUCOMMS_FLAG_TOKEN);
+	} else if (view->kind == KUCOMMS_KIND_BUFFER) {
+		CHECK(!(view->flags & ~(uint32_t)(KUCOMMS_FLAG_REPLY |
+						  KUCOMMS_FLAG_NOTICE)));
+		CHECK(view->buffers && view->buffers <= KUCOMMS_CARRIED_MAX);
+		CHECK(view->buffers * sizeof(struct kucomms_carried) <=
+		      view->length);
+	} else {
+		CHECK(!(view->flags & ~(uint32_t)KUCOMMS_FLAG_REPLY));
+		CHECK(!view->buffers);
+	}
 	/* It has not sent twice. */
-	CHECK(!s.ours);
+	CHECK(!s.ours || !kucomms_kind_is_message(view->kind, view->flags));
 	if (view->length) {
 		(void)*(const volatile unsigned char *)view->data;
 		(void)*(const volatile unsigned char *)(view->data +
@@ -113,12 +122,25 @@ static void peek(void)
 	}
 }
 
+/* What was seen is handed out, or is between the keepers of pools. */
 static void take(void)
 {
 	s.has_view = 0;
-	s.ours = s.turns;
-	s.received++;
-	s.bytes += s.view.length;
+	if (s.view.kind == KUCOMMS_KIND_MESSAGE) {
+		s.ours = s.turns;
+		s.received++;
+		s.bytes += s.view.length;
+		kucomms_channel_advance(&b, &s.view);
+		return;
+	}
+	if (s.view.kind == KUCOMMS_KIND_BUFFER &&
+	    !(s.view.flags & KUCOMMS_FLAG_NOTICE)) {
+		s.ours = s.turns;
+		s.received++;
+		s.bytes += s.view.length -
+			   s.view.buffers * sizeof(struct kucomms_carried);
+	}
+	kucomms_channel_advance_front(&b, &s.view);
 }
 
 static int rang(int must_ring)
@@ -146,16 +168,17 @@ static void our_call(const struct operation *operation)
 	case 1:
 		if (!s.has_view)
 			peek();
-		if (s.has_view) {
+		if (s.has_view)
 			take();
-			kucomms_channel_advance(&b, &s.view);
-		}
 		break;
 	case 2:
 		if (!s.has_view)
 			peek();
-		if (s.has_view && !s.pinned[slot]) {
-			take();
+		if (s.has_view && !s.pinned[slot] &&
+		    s.view.kind == KUCOMMS_KIND_MESSAGE) {
+			s.has_view = 0;
+			s.received++;
+			s.bytes += s.view.length;
 			s.pinned[slot] = 1;
 			kucomms_channel_borrow(&b, &s.view, &s.pins[slot]);
 			CHECK(b.rx.pins.prev == &s.pins[slot]);
@@ -223,7 +246,6 @@ static void our_call(const struct operation *operation)
 		/* All there is, as a busy receiver does. */
 		for (peek(); s.has_view; peek()) {
 			take();
-			kucomms_channel_advance(&b, &s.view);
 			if (operation->x & 1) {
 				s.releases++;
 				rang(kucomms_channel_release(&b));
@@ -264,9 +286,14 @@ static void peer_acts(const struct operation *operation)
 		frame->control = number_of(operation, frame->control);
 		break;
 	case 22:
+		/* Of each kind, with as many buffers as it likes. */
 		frame->control = kucomms_frame_control(length_of(operation),
 						       operation->x & 15,
 						       (operation->x >> 4) & 3);
+		if (operation->z & 1)
+			frame->control |= (uint64_t)KUCOMMS_FLAG_NOTICE << 32;
+		if (operation->z & 2)
+			frame->control |= (uint64_t)operation->y << 56;
 		break;
 	case 23:
 		word = (uint64_t *)(raw_data + (front + operation->x * 8u) %
@@ -279,11 +306,18 @@ static void peer_acts(const struct operation *operation)
 			operation->y;
 		break;
 	case 25:
-		kucomms_channel_send(&a, pattern + operation->x,
-				     length_of(operation),
-				     operation->x & (KUCOMMS_FLAG_REPLY |
-						     KUCOMMS_FLAG_TOKEN),
-				     1, 2, 3);
+		if (operation->x & 2)
+			kucomms_channel_put_front_locked(&a,
+				kucomms_frame_kind(1 + (operation->x >> 4)),
+				operation->x & KUCOMMS_FLAG_NOTICE, pattern,
+				16u * (1 + (operation->x >> 4)), pattern,
+				length_of(operation), 1, 2, 3);
+		else
+			kucomms_channel_send(&a, pattern + operation->x,
+					     length_of(operation),
+					     operation->x & (KUCOMMS_FLAG_REPLY |
+							     KUCOMMS_FLAG_TOKEN),
+					     1, 2, 3);
 		break;
 	case 26:
 		if (!s.loan[slot] &&

@@ -33,6 +33,25 @@ PLANTS = (
         "",
     ),
     Plant(
+        "unchecked-number-of-buffers",
+        "consumer",
+        "return buffers && (__u32)control >=\n\t       buffers * "
+        "(__u32)sizeof(struct kucomms_carried);",
+        "return buffers != 0;",
+    ),
+    Plant(
+        "kind-that-was-not-agreed-on",
+        "consumer",
+        "kind >= 32 ||\n\t    !(c->kinds & (__u32)1 << kind))",
+        "kind >= 3 + 0 * c->kinds)",
+    ),
+    Plant(
+        "notice-without-buffers",
+        "consumer",
+        "return !buffers && !(flags & KUCOMMS_FLAG_NOTICE);",
+        "return !buffers;",
+    ),
+    Plant(
         "unchecked-producer-position",
         "consumer",
         "seen - c->published > c->size ||",
@@ -141,10 +160,10 @@ PLANTS = (
     Plant(
         "published-before-written",
         "pair",
-        "\tWRITE_ONCE(frame->control,\n\t\t   kucomms_frame_control(length, flags, "
-        "KUCOMMS_KIND_MESSAGE));\n\tkucomms_ring_move(p, length);",
-        "\tkucomms_ring_move(p, length);\n\tWRITE_ONCE(frame->control,\n\t\t   "
-        "kucomms_frame_control(length, flags, KUCOMMS_KIND_MESSAGE));",
+        "\tWRITE_ONCE(frame->control, kucomms_frame_control(length, flags, kind));\n"
+        "\tkucomms_ring_move(p, length);",
+        "\tkucomms_ring_move(p, length);\n"
+        "\tWRITE_ONCE(frame->control, kucomms_frame_control(length, flags, kind));",
     ),
 )
 

@@ -117,6 +117,39 @@ static void finish(const struct loan *loan)
 			s.loans[i].spoilt = 1;
 }
 
+/* A message with buffers, what is given back, or news of a pool. */
+static void put_front(const struct operation *operation,
+		      const unsigned char *data, uint32_t length)
+{
+	uint32_t buffers = 1 + operation->y % 3, front = buffers * 16;
+	uint32_t flags = operation->x & KUCOMMS_FLAG_NOTICE;
+	uint32_t kind = operation->x & 32 ? KUCOMMS_KIND_POOL :
+					    kucomms_frame_kind(buffers);
+	int counted = kind != KUCOMMS_KIND_POOL && !flags;
+	const struct kucomms_frame *frame = (const struct kucomms_frame *)
+		(a.tx.data + s.position % RING_SIZE);
+	int err;
+
+	err = kucomms_channel_put_front_locked(&a, kind, flags, pattern, front,
+					       data, length, 1, 2, 3);
+	CHECK(!err || err == -EAGAIN || err == -EMSGSIZE || err == -EPROTO);
+	CHECK((err == -EMSGSIZE) ==
+	      ((uint64_t)length + front > LENGTH_MAX));
+	s.errors += err == -EPROTO;
+	s.full += counted && err == -EAGAIN;
+	if (err)
+		return;
+	CHECK(frame->control ==
+	      kucomms_frame_control(front + length, flags, kind));
+	CHECK(!memcmp(frame + 1, pattern, front));
+	CHECK(!memcmp((const char *)(frame + 1) + front, data, length));
+	s.position += kucomms_frame_span(front + length);
+	CHECK(a.tx.position == s.position && !a.tx.wanted);
+	s.publishes++;
+	s.sent += (unsigned int)counted;
+	s.bytes += counted ? length : 0;
+}
+
 static void our_call(const struct operation *operation)
 {
 	struct loan *loan = &s.loans[operation->x % LOANS];
@@ -136,6 +169,10 @@ static void our_call(const struct operation *operation)
 			check_frame(before, length, flags);
 		break;
 	case 1:
+		if (operation->x & 8) {
+			put_front(operation, pattern + seed, length);
+			break;
+		}
 		result = kucomms_channel_put_locked(&a, pattern + seed, length,
 						    flags, 1, 2, 3);
 		if (took(length, result))

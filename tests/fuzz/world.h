@@ -225,7 +225,8 @@ static void world_open(void)
 	raw = mmap(NULL, 2 * side, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	CHECK(raw != MAP_FAILED);
 	for (i = 0; i < 2; i++)
-		CHECK(!kucomms_channel_init(channels[i], i, RING_SIZE, 0, fd,
+		CHECK(!kucomms_channel_init(channels[i], i, RING_SIZE,
+					    KUCOMMS_FEATURE_POOLS, fd,
 					    i * side));
 	for (i = 0; i < 2; i++)
 		CHECK(!kucomms_channel_attach(channels[i], fd, !i * side));
@@ -239,21 +240,25 @@ static void world_open(void)
 		pattern[i] = (unsigned char)((i * 2654435761u) >> 13);
 }
 
-/* As it was after world_open(), but for where the positions begin. */
-static void world_reset(uint64_t position)
+/* As it was after world_open(), but for where the positions begin, and the kinds. */
+static void world_reset(uint64_t position, int pools)
 {
 	uint64_t side = kucomms_side_size(RING_SIZE);
 
 	memset(raw_producer, 0, sizeof(*raw_producer));
 	memset(raw_consumer, 0, sizeof(*raw_consumer));
 	memset(raw_data, 0, RING_SIZE);
-	kucomms_geometry_fill((struct kucomms_geometry *)raw, 0, RING_SIZE, 0);
+	kucomms_geometry_fill((struct kucomms_geometry *)raw, 0, RING_SIZE,
+			      KUCOMMS_FEATURE_POOLS);
 	kucomms_geometry_fill((struct kucomms_geometry *)(raw + side), 1,
-			      RING_SIZE, 0);
+			      RING_SIZE, KUCOMMS_FEATURE_POOLS);
 	kucomms_ring_producer_init(&a.tx, a.tx.own, a.tx.peer, a.tx.data,
 				   RING_SIZE);
 	kucomms_ring_consumer_init(&b.rx, b.rx.own, b.rx.peer, b.rx.data,
 				   RING_SIZE);
+	if (pools)
+		b.rx.kinds |= 1 << KUCOMMS_KIND_BUFFER |
+			      1 << KUCOMMS_KIND_POOL;
 	a.tx.position = position;
 	a.tx.consumed = position;
 	b.rx.position = position;
@@ -280,8 +285,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		return 0;
 	delayed_first = 0;
 	delayed_end = 0;
-	/* At 0, or shortly before the positions overflow. */
-	world_reset(-(uint64_t)*data * 32);
+	/* At 0, or shortly before the positions overflow; with pools, or not. */
+	world_reset(-(uint64_t)*data * 32, !(*data & 1));
 	program_begin(a.tx.position);
 	inside = 0;
 	for (data++, size--; size >= 4; data += 4, size -= 4) {

@@ -92,3 +92,29 @@ def kernel_log(_session_log):
         new()
     if faults := findings(seen):
         pytest.fail("the kernel log has faults:\n" + "\n".join(faults))
+
+
+@pytest.fixture
+def cgroup():
+    """A memory cgroup of version 2."""
+    mounted = next(
+        (Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines()
+         if line.split()[2] == "cgroup2"),
+        None,
+    )  # fmt: skip
+    root = mounted or Path("/tmp/kucomms-cgroup")
+    if mounted is None:
+        root.mkdir()
+        subprocess.run(["mount", "-t", "cgroup2", "cgroup2", root], check=True)
+    (root / "cgroup.subtree_control").write_text("+memory")
+    path = root / "kucomms-test"
+    path.mkdir()
+    yield path
+    give_up = time.monotonic() + _PATIENCE
+    while (path / "cgroup.procs").read_text():
+        assert time.monotonic() < give_up, "a process is still in there"
+        os.sched_yield()
+    path.rmdir()
+    if mounted is None:
+        subprocess.run(["umount", root], check=True)
+        root.rmdir()

@@ -161,7 +161,7 @@ def test_answers_that_refuse():
     at, answer = guarded(given)
     assert ioctl(fd, SETUP, at) == errno.EPROTONOSUPPORT
     told = Setup.unpack(answer())
-    assert (told.version, told.features) == (1, 1)
+    assert (told.version, told.features) == (1, 3)
     assert answer()[16:] == given[16:]
     assert answer()[4:8] == given[4:8]
     for fields in ({"hello_length": 65}, {"page_size": 1}, {"reserved": (0,) * 6 + (1,)}):

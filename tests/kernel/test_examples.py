@@ -4,6 +4,9 @@
 import asyncio
 import contextlib
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 import kucomms
 from kucomms.testing import numbered, verify
 
+ROOT = Path(__file__).resolve().parents[2]
 SYSFS = Path("/sys/devices/virtual/kucomms/kucomms")
 PATIENCE = 120.0
 
@@ -139,3 +143,57 @@ async def test_longtest_counts_what_is_wrong(longtest, kernel_log):
         while not any(expected in x and "compare_error_count=2" in x for x in lines):
             await asyncio.sleep(0)
             lines += kernel_log()
+
+
+# ---- the camera -----------------------------------------------------------------
+
+
+@pytest.fixture
+def camera(main_module, load, unload):
+    (SYSFS / "create_device").write_text("kucomms_camera\n")
+    load("kucomms_camera", "rate=100")
+    yield
+    unload("kucomms_camera")
+    (SYSFS / "remove_device").write_text("kucomms_camera\n")
+
+
+def watch_camera(*arguments):
+    """What the example prints in its last line."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples" / "camera.py", *arguments],
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    last = result.stdout.splitlines()[-1]
+    found = re.fullmatch(r"(\d+) frames in [\d.]+ s, (\d+) dropped, (\d+) torn", last)
+    return [int(number) for number in found.groups()]
+
+
+def test_the_camera_shows_whole_frames(camera):
+    for _ in range(2):
+        frames, _dropped, torn = watch_camera("--frames", "40")
+        assert (frames, torn) == (40, 0)
+
+
+def test_the_camera_drops_what_nobody_has_room_for(camera):
+    """15 of 16 are kept: each frame has to come back before the next one can go."""
+    frames, _dropped, torn = watch_camera("--frames", "40", "--hold", "15")
+    assert (frames, torn) == (40, 0)
+
+
+@pytest.mark.asyncio
+async def test_the_camera_goes_on_when_frames_come_back(camera):
+    """With all of its buffers here it drops and counts, and nothing more comes."""
+    async with kucomms.connect("kernel://camera", timeout=PATIENCE) as link:
+        async with asyncio.timeout(PATIENCE):
+            kept = [await link.receive() for _ in range(16)]
+            assert [message.id for message in kept] == sorted(message.id for message in kept)
+            # It has found no room for the next ones; it says so with the next that comes.
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):  # time is the subject
+                    await link.receive()
+            for message in kept:
+                message.buffers[0].free()
+            message = await link.receive()
+        assert message.user_value > 0
+        assert message.id == 16 + message.user_value

@@ -28,6 +28,7 @@ import pytest
 import kucomms
 from kucomms import TransportError
 from tests.kernel.lifecycle import create, kernel_thread, remove
+from tests.kernel.pool_device import CONTIGUOUS, PoolDevice
 from tests.kernel.raw_device import (
     DATA,
     PAGE,
@@ -449,6 +450,27 @@ class OnLink(Operation):
         self._device.close()
 
 
+class OpenPool(Operation):
+    """A pool of the user's, and a mapping of it."""
+
+    def __init__(self, size, flags):
+        self._size, self._flags = size, flags
+        self._device = None
+
+    def prepare(self):
+        self._device = PoolDevice("test_quiet", ring_size=PAGE)
+
+    def operate(self):
+        try:
+            self._device.open_pool(self._size, self._flags)
+        except OSError as error:
+            return error.errno
+        return 0
+
+    def clean_up(self):
+        self._device.close()
+
+
 def ask_poll(device):
     poll = select.poll()
     poll.register(device.fd, select.POLLIN)
@@ -527,6 +549,13 @@ def test_open(loaded, whose, tell):
 def test_set_up(loaded, whose, tell, name, ring_size):
     most, found = sweep(SetUp(name, ring_size))
     assert most > 2 * ring_size / PAGE
+    assert found["ENOMEM"]
+    tell(most, found)
+
+
+@pytest.mark.parametrize("flags", [0, CONTIGUOUS])
+def test_open_pool(loaded, whose, tell, flags):
+    most, found = sweep(OpenPool(64 * PAGE, flags))
     assert found["ENOMEM"]
     tell(most, found)
 

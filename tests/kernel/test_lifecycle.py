@@ -125,7 +125,7 @@ async def test_foreign_version(tutorial, monkeypatch):
         patch.setattr(kernel, "lib", SimpleNamespace(KUCOMMS_ABI_VERSION=99, KUCOMMS_FEATURES=0))
         with pytest.raises(VersionError, match=r"speaks version 1 .* this is version 99\. Use the"):
             await kucomms.connect(URL, timeout=60)
-        patch.setattr(kernel, "lib", SimpleNamespace(KUCOMMS_ABI_VERSION=1, KUCOMMS_FEATURES=2))
+        patch.setattr(kernel, "lib", SimpleNamespace(KUCOMMS_ABI_VERSION=1, KUCOMMS_FEATURES=4))
         with pytest.raises(VersionError):
             await kucomms.connect(URL, timeout=60)
     async with kucomms.connect(URL, timeout=0) as link:

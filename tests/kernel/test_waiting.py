@@ -5,7 +5,6 @@ import errno
 import os
 import select
 import signal
-import subprocess
 import threading
 from pathlib import Path
 
@@ -221,29 +220,6 @@ def test_wait_wakes(load, unload, what, timeout):
 
 
 # ---- memory ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cgroup():
-    """A memory cgroup of version 2."""
-    mounted = next(
-        (Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines()
-         if line.split()[2] == "cgroup2"),
-        None,
-    )  # fmt: skip
-    root = mounted or Path("/tmp/kucomms-cgroup")
-    if mounted is None:
-        root.mkdir()
-        subprocess.run(["mount", "-t", "cgroup2", "cgroup2", root], check=True)
-    (root / "cgroup.subtree_control").write_text("+memory")
-    path = root / "kucomms-test"
-    path.mkdir()
-    yield path
-    until(lambda: not (path / "cgroup.procs").read_text(), "a process is still in there")
-    path.rmdir()
-    if mounted is None:
-        subprocess.run(["umount", root], check=True)
-        root.rmdir()
 
 
 def current(cgroup):

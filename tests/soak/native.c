@@ -254,7 +254,7 @@ static int device_open(const char *path, struct kucomms_channel *channel)
 {
 	struct kucomms_setup setup = {
 		.version = KUCOMMS_ABI_VERSION,
-		.features = KUCOMMS_FEATURES,
+		.features = 0,
 		.ring_size = RING_SIZE,
 	};
 	int file = open(path, O_RDWR | O_CLOEXEC), err;

@@ -22,6 +22,7 @@ import structlog
 
 import kucomms
 from kucomms import Endpoint, KucommsError, Message, PeerClosedError
+from tests.pool.partner import Partner
 from tests.transports import raw_peer
 
 LOAN_BEFORE, LOAN_AFTER = 10, 20
@@ -69,6 +70,18 @@ async def linked(url, listens, **options):
             yield await opened
         else:
             yield await endpoint.connect(url, timeout=30, **options)
+
+
+# ---- buffers in messages -------------------------------------------------------
+
+
+async def partner(url):
+    """Does with buffers what it is asked for."""
+    async with Endpoint("partner") as endpoint:
+        endpoint.on_message(Partner())
+        await endpoint.listen(url)
+        say("ready")
+        await told()
 
 
 # ---- to be killed, stopped, or to close ---------------------------------------

@@ -16,13 +16,15 @@ from contextlib import suppress
 
 MAGIC = 0x736D6D6F63756B
 VERSION = 1
-HELLO, SETUP, ATTACH = 1, 2, 3
+HELLO, SETUP, ATTACH, POOL, MAPPED = 1, 2, 3, 4, 5
+FEATURE_POOLS = 2
 ACCEPTED, REFUSED_BUSY, REFUSED_VERSION, REFUSED_MEMORY, REFUSED_USER = range(5)
 SEALED = 1
 EVENTFDS = 2
 TURNS = 1
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # FUTURE_WRITE
-BUSY, DISCARD, REPLY, TOKEN = 1, 2, 4, 8
+BUSY, DISCARD, REPLY, TOKEN, NOTICE = 1, 2, 4, 8, 16
+KIND_POOL, KIND_BUFFER = 1, 2
 HEADER = 32
 PAGE = mmap.PAGESIZE
 PATIENCE = 10.0
@@ -46,12 +48,12 @@ def record(
     flags=0,
     hello=b"",
     hello_length=None,
-    reserved=0,
+    pool=0,
 ):
     """The bytes of a struct kucomms_rendezvous."""
     length = len(hello) if hello_length is None else hello_length
     return _RECORD.pack(
-        magic, version, step, features, ring_size, status, flags, length, reserved, hello
+        magic, version, step, features, ring_size, status, flags, length, pool, hello
     )
 
 
@@ -89,7 +91,7 @@ class Answer:
             self.status,
             self.flags,
             length,
-            _reserved,
+            self.pool,
             hello,
         ) = _RECORD.unpack(data)
         self.hello = hello[:length]
@@ -197,6 +199,11 @@ class RawPeer(DiscardingProducer):
     def publish(self, position=None):
         self.write64(self.offset(1), self.position if position is None else position)
 
+    def buffers(self, *carried, data=b"", flags=0):
+        """Write a frame of buffers: (pool, page, length) of each."""
+        front = b"".join(struct.pack("<IIQ", *one) for one in carried)
+        self.frame(front + data, kind=KIND_BUFFER, zero=len(carried), flags=flags)
+
     def send(self, *messages):
         """Send good messages."""
         for data in messages:
@@ -231,7 +238,40 @@ class RawPeer(DiscardingProducer):
         self.consumed = self.available if position is None else position
         self.write64(self.offset(2), self.consumed)
 
+    def frames(self):
+        """The frames that wait to be read: kind, flags, data of each."""
+        base, end = self.offset(3, 1 - self.own), self.available
+        data = self._memory[base : base + self.ring_size]
+        found = []
+        while self.consumed < end:
+            at = self.consumed % self.ring_size
+            whole = data[at:] + data[:at]
+            control = int.from_bytes(whole[:8], "little")
+            length = control & 0xFFFFFFFF
+            found.append(
+                (control >> 48 & 0xFF, control >> 32 & 0xFFFF, whole[HEADER : HEADER + length])
+            )
+            self.consumed += HEADER + (length + 7) // 8 * 8
+        self.consume(self.consumed)
+        return found
+
     # ---- the socket ----------------------------------------------------------
+
+    def open_pool(self, number, size, fd=None, **wrong):
+        """Say that there is a pool; returns its file."""
+        if fd is None:
+            fd = sealed_memory(size)
+        send(self.sock, record(POOL, pool=number, ring_size=size, **wrong), [fd])
+        return fd
+
+    def mapped(self, answer=0):
+        """Read that the other side has opened a pool, and say that it is mapped."""
+        told, fds = receive(self.sock)
+        assert told.step == POOL
+        for fd in fds:
+            os.close(fd)
+        send(self.sock, record(MAPPED, pool=told.pool, status=answer))
+        return told
 
     def ring(self, data=b"\x01"):
         self.sock.send(data)
@@ -242,19 +282,22 @@ class RawPeer(DiscardingProducer):
 
 
 def connect_by_hand(
-    name, ring_size=0, *, hello=b"", attach=None, turns=False, **wrong_geometry
+    name, ring_size=0, *, hello=b"", attach=None, features=0, shown=None, **wrong_geometry
 ):
-    """Complete the rendezvous as a connecting side."""
+    """Complete the rendezvous as a connecting side.
+
+    ``features``: those that it knows; ``shown``: in its memory, if not those in force.
+    """
     sock = connect(name)
-    features = TURNS if turns else 0
     send(sock, record(HELLO, ring_size=ring_size, hello=hello, features=features))
     setup, (fd,) = receive(sock)
     assert (setup.step, setup.status, setup.flags) == (SETUP, ACCEPTED, 0)
+    assert setup.features & ~features == 0
     peer = RawPeer(sock, fd, 1, setup.ring_size)
     os.close(fd)
     peer.hello = setup.hello
-    says = {"features": setup.features, **wrong_geometry}
-    peer.write(peer.offset(0), geometry(1, setup.ring_size, **says))
+    shown = setup.features if shown is None else shown
+    peer.write(peer.offset(0), geometry(1, setup.ring_size, features=shown, **wrong_geometry))
     send(sock, record(ATTACH) if attach is None else attach)
     return peer
 
@@ -278,16 +321,17 @@ class RawListener:
         assert (hello.step, fds) == (HELLO, [])
         return sock, hello
 
-    def accept_by_hand(self, ring_size=PAGE, *, hello=b"", turns=False, **wrong_geometry):
+    def accept_by_hand(self, ring_size=PAGE, *, hello=b"", features=0, **wrong_geometry):
         """Complete the rendezvous as a listening side."""
         sock, greeting = self.accept()
+        assert features & ~greeting.features == 0
         fd = memory(2 * side_size(ring_size))
         peer = RawPeer(sock, fd, 0, ring_size)
         peer.hello = greeting.hello
-        features = TURNS if turns else 0
-        says = {"features": features, **wrong_geometry}
-        peer.write(peer.offset(0), geometry(0, ring_size, **says))
-        send(sock, record(SETUP, ring_size=ring_size, hello=hello, features=features), [fd])
+        shown = {"features": features, **wrong_geometry}
+        peer.write(peer.offset(0), geometry(0, ring_size, **shown))
+        setup = record(SETUP, ring_size=ring_size, hello=hello, features=features)
+        send(sock, setup, [fd])
         os.close(fd)
         try:
             attach, fds = receive(sock)
@@ -313,6 +357,13 @@ def memory(size, seals=None):
     """A new file in memory."""
     fd = os.memfd_create("raw", os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if seals else 0))
     os.ftruncate(fd, size)
+    return fd
+
+
+def sealed_memory(size, seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW):
+    """As for a pool."""
+    fd = memory(size, seals=True)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
 
 

@@ -199,7 +199,7 @@ BAD_CONNECTORS = {
     "step": sends(record(SETUP)),
     "step_0": sends(record(0)),
     "flags": sends(record(HELLO, flags=4)),
-    "reserved": sends(record(HELLO, reserved=1)),
+    "reserved": sends(record(HELLO, pool=1)),
     "hello_length": sends(record(HELLO, hello_length=65)),
     "hello_length_max": sends(record(HELLO, hello_length=2**32 - 1)),
     "ring_size_2_40": sends(record(HELLO, ring_size=2**40)),
@@ -439,7 +439,7 @@ BAD_LISTENERS = {
     "one_eventfd": (setup_with(files=2, flags=EVENTFDS), ProtocolError),
     "eventfds_are_files": (setup_with(files=3, flags=EVENTFDS), ProtocolError),
     "three_eventfds": (setup_with(files=4, flags=EVENTFDS), ProtocolError),
-    "reserved": (setup_with(reserved=9), ProtocolError),
+    "reserved": (setup_with(pool=9), ProtocolError),
     "hello_length": (setup_with(hello_length=2**31), ProtocolError),
     "ring_size_0": (setup_with(ring_size=0), ProtocolError),
     "ring_size_3": (setup_with(ring_size=3), ProtocolError),
@@ -587,7 +587,7 @@ async def test_listener_that_drops_everybody(name):
 
 
 @asynccontextmanager
-async def attacked(role, name, receiving="await"):
+async def attacked(role, name, receiving="await", features=0):
     """A link whose other side is written by hand, and a good link of the same endpoint.
 
     ``role``: what the endpoint is. ``receiving``: how it gets its messages.
@@ -625,12 +625,14 @@ async def attacked(role, name, receiving="await"):
         before = descriptors()
         if role == "listener":
             listener = await endpoint.listen(f"shm://{name}", ring_size=PAGE)
-            peer = await asyncio.to_thread(connect_by_hand, name)
+            peer = await asyncio.to_thread(connect_by_hand, name, features=features)
             await settled(lambda: len(endpoint.links) == 2)
             await listener.aclose()
         else:
             with RawListener(name) as fake:
-                accepting = asyncio.create_task(asyncio.to_thread(fake.accept_by_hand))
+                accepting = asyncio.create_task(
+                    asyncio.to_thread(fake.accept_by_hand, features=features)
+                )
                 await endpoint.connect(f"shm://{name}", timeout=0)
                 peer = await accepting
         link = endpoint.links[1]

@@ -463,7 +463,8 @@ async def raw_user(*, with_turns=True):
     """A peer by hand that has connected, and our end."""
     name = new_name()
     async with listening(f"shm://{name}", with_turns=with_turns) as (_endpoint, links):
-        peer = await asyncio.to_thread(raw_peer.connect_by_hand, name, turns=with_turns)
+        features = raw_peer.TURNS if with_turns else 0
+        peer = await asyncio.to_thread(raw_peer.connect_by_hand, name, features=features)
         try:
             yield peer, await links.get()
         finally:
@@ -494,7 +495,8 @@ async def test_a_peer_that_does_not_wait_for_our_answer():
 async def test_a_listener_that_begins():
     name = new_name()
     with raw_peer.RawListener(name) as fake:
-        accepting = asyncio.create_task(asyncio.to_thread(fake.accept_by_hand, turns=True))
+        by_hand = asyncio.to_thread(fake.accept_by_hand, features=raw_peer.TURNS)
+        accepting = asyncio.create_task(by_hand)
         async with kucomms.connect(f"shm://{name}", timeout=PATIENCE) as link:
             peer = await accepting
             assert link.turns
@@ -579,7 +581,7 @@ async def test_turns_that_were_not_agreed_on():
     async with listening(f"shm://{name}") as (endpoint, _links):
 
         def connect():
-            peer = raw_peer.connect_by_hand(name, turns=True, features=0)
+            peer = raw_peer.connect_by_hand(name, features=raw_peer.TURNS, shown=0)
             try:
                 return raw_peer.is_closed(peer.sock)
             finally:

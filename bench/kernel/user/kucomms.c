@@ -81,7 +81,8 @@ static int in_place_send(uint64_t first, uint32_t count)
 		frame->id = 0;
 		frame->user_value = 0;
 		fill((uint64_t *)(frame + 1), first + i);
-		kucomms_ring_publish(&channel.tx, frame, KBENCH_SIZE, 0);
+		kucomms_ring_publish(&channel.tx, frame, KBENCH_SIZE, 0,
+				     KUCOMMS_KIND_MESSAGE);
 		if ((i % BATCH == BATCH - 1 || i == count - 1) &&
 		    kucomms_channel_publish(&channel))
 			err = ring();

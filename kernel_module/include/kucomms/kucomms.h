@@ -19,8 +19,10 @@
 #include <linux/types.h>
 #include <linux/uidgid.h>
 
+struct kucomms_buffer;
 struct kucomms_channel;
 struct kucomms_endpoint;
+struct kucomms_pool;
 
 /**
  * struct kucomms_message - a message
@@ -33,6 +35,11 @@ struct kucomms_endpoint;
  *	  valid until the callback returns; with KUCOMMS_RX_IN_PLACE it is in
  *	  the ring, where the user can change it at any time, and we cannot, and
  *	  can be held longer, see kucomms_hold().
+ * @buffers: @buffer_count of them, that are handed over. What comes with a
+ *	     message is the module's while it is in the callback, and is then
+ *	     given back, unless it was sent, freed or taken: see
+ *	     kucomms_take_buffer()
+ * @buffer_count: 0 for none, at most KUCOMMS_CARRIED_MAX
  */
 struct kucomms_message {
 	u64 type;
@@ -41,6 +48,8 @@ struct kucomms_message {
 	u32 length;
 	u32 flags;
 	void *data;
+	struct kucomms_buffer **buffers;
+	u32 buffer_count;
 };
 
 /**
@@ -63,7 +72,8 @@ struct kucomms_peer {
  * @message: a message has come
  * @work: 100 times a second for each channel; true: there is more to do, call
  *	  again at once. Also called when there is room again after a send to
- *	  this channel met -EAGAIN. Optional.
+ *	  this channel met -EAGAIN, and when the user has given something back
+ *	  after kucomms_allocate() met -ENOBUFS. Optional.
  * @timer: once a second for each channel, with ktime_get_ns(). Optional.
  * @open: a process connects. Return 0, or an errno that it gets. Optional.
  * @close: the channel is gone; the last callback for it. Optional.
@@ -166,6 +176,23 @@ void kucomms_let_go(struct kucomms_channel *channel,
 void kucomms_retry(struct kucomms_channel *channel);
 void kucomms_resume(struct kucomms_channel *channel);
 void kucomms_close(struct kucomms_channel *channel);
+
+/*
+ * Buffers. A message can hand over memory instead of carrying it: whole buffers of
+ * a pool that both sides have mapped. Each has one holder at a time. All pools and
+ * buffers end with the channel: after the close callback they are not to be used,
+ * but with kucomms_channel_get().
+ */
+struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
+				       u64 size, u32 flags);
+void kucomms_close_pool(struct kucomms_pool *pool);
+struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length);
+struct kucomms_buffer *
+kucomms_take_buffer(struct kucomms_channel *channel,
+		    const struct kucomms_message *message, u32 i);
+void kucomms_free_buffer(struct kucomms_buffer *buffer);
+void *kucomms_buffer_data(const struct kucomms_buffer *buffer);
+u64 kucomms_buffer_length(const struct kucomms_buffer *buffer);
 
 u64 kucomms_tx_avail(struct kucomms_channel *channel);
 u64 kucomms_tx_free(struct kucomms_channel *channel);

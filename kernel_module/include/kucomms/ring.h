@@ -84,9 +84,15 @@ KUCOMMS_STATIC_ASSERT(producer_state,
 KUCOMMS_STATIC_ASSERT(consumer_size, sizeof(struct kucomms_consumer) == 144);
 KUCOMMS_STATIC_ASSERT(consumer_parked,
 		      __builtin_offsetof(struct kucomms_consumer, parked) == 128);
+KUCOMMS_STATIC_ASSERT(carried_size, sizeof(struct kucomms_carried) == 16);
+KUCOMMS_STATIC_ASSERT(pool_news_size, sizeof(struct kucomms_pool_news) == 24);
 KUCOMMS_STATIC_ASSERT(geometry_size, sizeof(struct kucomms_geometry) == 128);
 
 #define KUCOMMS_HEADER_SIZE	((__u64)sizeof(struct kucomms_frame))
+
+/* The bits that a message without buffers can have in its control word. */
+#define KUCOMMS_PLAIN	((__u64)(KUCOMMS_FLAG_BUSY | KUCOMMS_FLAG_DISCARD | \
+				 KUCOMMS_FLAG_REPLY) << 32 | 0xffffffffU)
 
 /* One look passes so many frames at most that are no messages, then says so. */
 #define KUCOMMS_SKIP_MOST	256
@@ -151,6 +157,7 @@ struct kucomms_ring_producer {
  *	   the consumer's thread, after it has seen the end in the producer's state,
  *	   or by what has waited for the producer
  * @all_seen: the last look at the producer's position was made
+ * @kinds: a bit for each kind of frame that may come
  */
 struct kucomms_ring_consumer {
 	struct kucomms_consumer *own;
@@ -166,13 +173,16 @@ struct kucomms_ring_consumer {
 	__u64 high_water;
 	int final;
 	int all_seen;
+	__u32 kinds;
 };
 
 /**
  * struct kucomms_view - a message in place, its header copied and checked
  * @data: in the ring; a hostile producer may change the bytes at any time
  * @length: of the data
- * @flags: KUCOMMS_FLAG_REPLY, KUCOMMS_FLAG_TOKEN
+ * @flags: KUCOMMS_FLAG_*
+ * @kind: KUCOMMS_KIND_*
+ * @buffers: how many are handed over: so many struct kucomms_carried begin the data
  * @type: the user's
  * @id: the user's
  * @user_value: the user's
@@ -181,6 +191,8 @@ struct kucomms_view {
 	const unsigned char *data;
 	__u32 length;
 	__u32 flags;
+	__u32 kind;
+	__u32 buffers;
 	__u64 type;
 	__u64 id;
 	__u64 user_value;
@@ -193,9 +205,17 @@ static inline __u64 kucomms_frame_span(__u32 length)
 	       ~(__u64)(KUCOMMS_FRAME_ALIGN - 1);
 }
 
+/* @kind: with kucomms_frame_kind() for one that hands over buffers. */
 static inline __u64 kucomms_frame_control(__u32 length, __u32 flags, __u32 kind)
 {
 	return (__u64)length | (__u64)flags << 32 | (__u64)kind << 48;
+}
+
+/* The kind of a message that hands over @buffers, at most KUCOMMS_CARRIED_MAX. */
+static inline __u32 kucomms_frame_kind(__u32 buffers)
+{
+	return buffers ? KUCOMMS_KIND_BUFFER | buffers << 8 :
+			 KUCOMMS_KIND_MESSAGE;
 }
 
 static inline void kucomms_pins_init(struct kucomms_pin *pins)
@@ -351,7 +371,8 @@ static inline void kucomms_ring_move(struct kucomms_ring_producer *p,
  * @p: the producer, its lock still held
  * @frame: from kucomms_ring_next(), but for its control word all written
  * @length: as there
- * @flags: KUCOMMS_FLAG_REPLY, KUCOMMS_FLAG_TOKEN or 0
+ * @flags: KUCOMMS_FLAG_*
+ * @kind: as of kucomms_frame_control()
  *
  * The consumer hears of it once, when it is whole: cheaper than a reserve and a
  * commit, after which it often looks twice. Then ask
@@ -359,10 +380,9 @@ static inline void kucomms_ring_move(struct kucomms_ring_producer *p,
  */
 static inline void kucomms_ring_publish(struct kucomms_ring_producer *p,
 					struct kucomms_frame *frame,
-					__u32 length, __u32 flags)
+					__u32 length, __u32 flags, __u32 kind)
 {
-	WRITE_ONCE(frame->control,
-		   kucomms_frame_control(length, flags, KUCOMMS_KIND_MESSAGE));
+	WRITE_ONCE(frame->control, kucomms_frame_control(length, flags, kind));
 	kucomms_ring_move(p, length);
 }
 
@@ -397,29 +417,29 @@ static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
 }
 
 static inline void kucomms_ring_finish(struct kucomms_frame *frame,
-				       __u32 length, __u32 flags)
+				       __u32 length, __u32 flags, __u32 kind)
 {
 	/*
 	 * pairs with smp_load_acquire() in kucomms_ring_peek()
 	 * model: transfer.pml WITHOUT_FINISH_RELEASE
 	 */
 	smp_store_release(&frame->control,
-			  kucomms_frame_control(length, flags,
-						KUCOMMS_KIND_MESSAGE));
+			  kucomms_frame_control(length, flags, kind));
 }
 
 /* Make a reserved frame a message. Then ask kucomms_ring_wake_consumer(). */
 static inline void kucomms_ring_commit(struct kucomms_frame *frame,
 				       __u32 length, __u32 flags)
 {
-	kucomms_ring_finish(frame, length, flags);
+	kucomms_ring_finish(frame, length, flags, KUCOMMS_KIND_MESSAGE);
 }
 
 /* Drop a reserved frame; the consumer skips it. Then ask as after a commit. */
 static inline void kucomms_ring_discard(struct kucomms_frame *frame,
 					__u32 length)
 {
-	kucomms_ring_finish(frame, length, KUCOMMS_FLAG_DISCARD);
+	kucomms_ring_finish(frame, length, KUCOMMS_FLAG_DISCARD,
+			    KUCOMMS_KIND_MESSAGE);
 }
 
 /**
@@ -501,7 +521,25 @@ kucomms_ring_consumer_init(struct kucomms_ring_consumer *c,
 	c->high_water = 0;
 	c->final = 0;
 	c->all_seen = 0;
+	c->kinds = 1 << KUCOMMS_KIND_MESSAGE;
 	kucomms_pins_init(&c->pins);
+}
+
+/* May this control word come, which is not that of a plain message? */
+static inline int
+kucomms_ring_kind_fits(const struct kucomms_ring_consumer *c, __u64 control)
+{
+	__u32 flags = (__u32)(control >> 32) & 0xffff;
+	__u32 kind = (control >> 48) & 0xff;
+	__u32 buffers = control >> 56;
+
+	if (flags & ~(__u32)KUCOMMS_FLAGS || kind >= 32 ||
+	    !(c->kinds & (__u32)1 << kind))
+		return 0;
+	if (kind != KUCOMMS_KIND_BUFFER)
+		return !buffers && !(flags & KUCOMMS_FLAG_NOTICE);
+	return buffers && (__u32)control >=
+	       buffers * (__u32)sizeof(struct kucomms_carried);
 }
 
 /* KUCOMMS_STATE_* of the producer; what it committed before is visible then. */
@@ -590,8 +628,8 @@ static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
 		span = kucomms_frame_span((__u32)control);
 		flags = (__u32)(control >> 32) & 0xffff;
 		if (span > c->available - c->position ||
-		    flags & ~(__u32)KUCOMMS_FLAGS ||
-		    control >> 48 != KUCOMMS_KIND_MESSAGE)
+		    (control & ~KUCOMMS_PLAIN &&
+		     !kucomms_ring_kind_fits(c, control)))
 			return -EPROTO;
 		if (flags & KUCOMMS_FLAG_BUSY && !c->final)
 			return -EAGAIN;
@@ -604,6 +642,8 @@ static inline int kucomms_ring_peek(struct kucomms_ring_consumer *c,
 	view->data = (const unsigned char *)(frame + 1);
 	view->length = (__u32)control;
 	view->flags = flags;
+	view->kind = (control >> 48) & 0xff;
+	view->buffers = control >> 56;
 	view->type = READ_ONCE(frame->type);
 	view->id = READ_ONCE(frame->id);
 	view->user_value = READ_ONCE(frame->user_value);

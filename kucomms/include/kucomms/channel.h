@@ -261,6 +261,9 @@ static inline int kucomms_channel_attach(struct kucomms_channel *channel,
 				   (const struct kucomms_producer *)
 				   (peer->control + page),
 				   peer->data, channel->ring_size);
+	if (channel->features & KUCOMMS_FEATURE_POOLS)
+		channel->rx.kinds |= 1 << KUCOMMS_KIND_BUFFER |
+				     1 << KUCOMMS_KIND_POOL;
 	return 0;
 }
 
@@ -333,6 +336,13 @@ static inline void kucomms_channel_take_turn(struct kucomms_channel *channel)
 	kucomms_channel_set_turn(channel, KUCOMMS_TURN_OURS);
 }
 
+/* Is it one for the user? Others are between the two sides' keepers of pools. */
+static inline int kucomms_kind_is_message(uint32_t kind, uint32_t flags)
+{
+	return kind == KUCOMMS_KIND_MESSAGE ||
+	       (kind == KUCOMMS_KIND_BUFFER && !(flags & KUCOMMS_FLAG_NOTICE));
+}
+
 /* What was found at the front: may the peer have sent it? 0 or -EPROTO. */
 static inline int
 kucomms_channel_check_turn(const struct kucomms_channel *channel,
@@ -351,7 +361,8 @@ kucomms_channel_check_turn(const struct kucomms_channel *channel,
 	     view->flags & ~(uint32_t)KUCOMMS_FLAG_TOKEN))
 		return -EPROTO;
 	if (turn == KUCOMMS_TURN_OURS &&
-	    channel->rx.position != channel->turn_at)
+	    channel->rx.position != channel->turn_at &&
+	    kucomms_kind_is_message(view->kind, view->flags))
 		return -EPROTO;		/* it has sent twice */
 	return 0;
 }
@@ -443,9 +454,49 @@ kucomms_channel_put_locked(struct kucomms_channel *channel, const void *data,
 		/* Before it is seen: the answer brings the turn back. */
 		if (__builtin_expect(turn != KUCOMMS_TURN_ANY, 0))
 			kucomms_channel_set_turn(channel, KUCOMMS_TURN_THEIRS);
-		kucomms_ring_publish(&channel->tx, frame, length, flags);
+		kucomms_ring_publish(&channel->tx, frame, length, flags,
+				     KUCOMMS_KIND_MESSAGE);
 	}
 	return kucomms_channel_count_tx(channel, length, err);
+}
+
+/*
+ * A frame of another kind than KUCOMMS_KIND_MESSAGE: @front, which that kind begins
+ * with, and of a message with buffers the user's @data behind it. Otherwise as
+ * kucomms_channel_put_locked().
+ */
+static inline int
+kucomms_channel_put_front_locked(struct kucomms_channel *channel,
+				 uint32_t kind, uint32_t flags,
+				 const void *front, uint32_t front_length,
+				 const void *data, uint32_t length,
+				 uint64_t type, uint64_t id,
+				 uint64_t user_value)
+{
+	int is_message = kucomms_kind_is_message(kind & 0xff, flags);
+	struct kucomms_frame *frame;
+	int err;
+
+	if (length > UINT32_MAX - front_length)
+		return -EMSGSIZE;
+	if (is_message && !kucomms_channel_has_turn(channel))
+		return -EPERM;
+	err = kucomms_ring_next(&channel->tx, front_length + length, &frame);
+	if (!err) {
+		kucomms_channel_fill(frame, front, front_length, type, id,
+				     user_value);
+		if (length)
+			memcpy((char *)(frame + 1) + front_length, data, length);
+		if (is_message)
+			kucomms_channel_set_turn(channel, KUCOMMS_TURN_THEIRS);
+		kucomms_ring_publish(&channel->tx, frame, front_length + length,
+				     flags, kind);
+	}
+	if (is_message)
+		return kucomms_channel_count_tx(channel, length, err);
+	if (!err)
+		channel->publishes++;	/* its bell has to be counted */
+	return kucomms_channel_fault(channel, err);
 }
 
 /* As kucomms_channel_put_locked(), from any thread. */
@@ -595,6 +646,20 @@ static inline void kucomms_channel_advance(struct kucomms_channel *channel,
 {
 	kucomms_channel_take_turn(channel);
 	kucomms_channel_count_rx(channel, view);
+	kucomms_ring_advance(&channel->rx, view);
+}
+
+/* As advance, for what is of another kind than KUCOMMS_KIND_MESSAGE. */
+static inline void
+kucomms_channel_advance_front(struct kucomms_channel *channel,
+			      const struct kucomms_view *view)
+{
+	if (kucomms_kind_is_message(view->kind, view->flags)) {
+		kucomms_channel_take_turn(channel);
+		channel->messages_received++;
+		channel->bytes_received += view->length - view->buffers *
+					   sizeof(struct kucomms_carried);
+	}
 	kucomms_ring_advance(&channel->rx, view);
 }
 

@@ -100,6 +100,8 @@
 #else
 #define KUCOMMS_SO_PEERPIDFD	77
 #endif
+/* C programs do not know pools: messages to and from them hand over no buffers. */
+#define KUCOMMS_CLIENT_FEATURES	(KUCOMMS_FEATURES & ~KUCOMMS_FEATURE_POOLS)
 #ifdef SYS_pidfd_open
 #define KUCOMMS_SYS_PIDFD_OPEN	SYS_pidfd_open
 #else
@@ -474,7 +476,7 @@ static inline void kucomms_record_fill(struct kucomms_rendezvous *record,
 	record->magic = KUCOMMS_MAGIC;
 	record->version = KUCOMMS_ABI_VERSION;
 	record->step = step;
-	record->features = KUCOMMS_FEATURES;
+	record->features = KUCOMMS_CLIENT_FEATURES;
 	record->ring_size = ring_size;
 }
 
@@ -615,10 +617,12 @@ static inline int kucomms_record_receive(struct kucomms_client *client,
 		return -EPROTO;
 	if (record->version != KUCOMMS_ABI_VERSION)
 		return -EPROTONOSUPPORT;
-	if (record->step != step || record->reserved ||
+	if (record->step != step || record->pool ||
 	    record->hello_length > KUCOMMS_HELLO_MAX)
 		return -EPROTO;
-	if (record->features & ~KUCOMMS_FEATURES)
+	if (record->features & ~KUCOMMS_FEATURES ||
+	    (step != KUCOMMS_STEP_HELLO &&
+	     record->features & ~KUCOMMS_CLIENT_FEATURES))
 		return -EPROTONOSUPPORT;
 	if (step == KUCOMMS_STEP_HELLO)	/* we know no eventfds: say no more */
 		record->flags &= ~(uint32_t)KUCOMMS_EVENTFDS;
@@ -749,7 +753,7 @@ static inline int kucomms_device_attach(struct kucomms_client *client,
 	int err;
 
 	if (setup->side_size != kucomms_side_size(setup->ring_size) ||
-	    setup->features & ~KUCOMMS_FEATURES)
+	    setup->features & ~KUCOMMS_CLIENT_FEATURES)
 		return -EPROTONOSUPPORT;
 	err = kucomms_channel_init(&client->channel, 1, setup->ring_size,
 				   setup->features, client->device,
@@ -794,7 +798,7 @@ static inline int kucomms_device_set_up(struct kucomms_client *client,
 	for (;;) {
 		memset(&setup, 0, sizeof(setup));
 		setup.version = KUCOMMS_ABI_VERSION;
-		setup.features = KUCOMMS_FEATURES;
+		setup.features = KUCOMMS_CLIENT_FEATURES;
 		setup.ring_size = ring_size;
 		if (number >= 0) {
 			setup.flags = KUCOMMS_SETUP_NUMBER;

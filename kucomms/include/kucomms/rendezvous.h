@@ -18,8 +18,22 @@
  * shrinking, growing and writing by others.
  *
  * After ATTACH each byte on the socket is a doorbell, KUCOMMS_DOORBELL, and
- * nothing else is allowed. End of file means that the peer is gone; whether in
- * order says the state in its producer page.
+ * nothing else is allowed, but for what KUCOMMS_FEATURE_POOLS adds. End of file means
+ * that the peer is gone; whether in order says the state in its producer page.
+ *
+ * KUCOMMS_FEATURE_POOLS is for processes of the same user. Who connects says in HELLO
+ * which features it knows, and SETUP which of those are in force. With it, either side
+ * can open pools, whose buffers messages hand over; their files go over the socket,
+ * each in one piece with its record, which no doorbell can be taken for: a record
+ * begins with the lowest byte of KUCOMMS_MAGIC.
+ *
+ *	who opens it				the other side
+ *	POOL    number, size + file of the  ->
+ *		pool, sealed against
+ *		shrinking and growing
+ *					    <-	MAPPED  number, 0 or an errno
+ *
+ * A pool is closed by a frame in the ring, KUCOMMS_KIND_POOL: see there.
  *
  * A connecting side that knows KUCOMMS_EVENTFDS says so in HELLO. A listener of
  * the same user that knows it as well answers with it, and passes two eventfds
@@ -35,6 +49,8 @@
 #define KUCOMMS_STEP_HELLO	1
 #define KUCOMMS_STEP_SETUP	2
 #define KUCOMMS_STEP_ATTACH	3
+#define KUCOMMS_STEP_POOL	4
+#define KUCOMMS_STEP_MAPPED	5
 
 #define KUCOMMS_SEALED		1	/* flag in SETUP */
 #define KUCOMMS_EVENTFDS	2	/* flag in HELLO, then in SETUP */
@@ -54,11 +70,12 @@
  * @version: KUCOMMS_ABI_VERSION
  * @step: KUCOMMS_STEP_*
  * @features: feature bits wanted, then agreed on
- * @ring_size: bytes wanted (0: the listener's default), then agreed on
- * @status: in SETUP: KUCOMMS_ACCEPTED or KUCOMMS_REFUSED_*
+ * @ring_size: bytes wanted (0: the listener's default), then agreed on; in POOL: bytes
+ *	       of the pool
+ * @status: in SETUP: KUCOMMS_ACCEPTED or KUCOMMS_REFUSED_*; in MAPPED: 0 or an errno
  * @flags: in HELLO: KUCOMMS_EVENTFDS or 0; in SETUP: that or KUCOMMS_SEALED or 0
  * @hello_length: bytes of @hello in use
- * @reserved: zero
+ * @pool: in POOL and MAPPED: the number of the pool; else zero
  * @hello: the user's, in HELLO and SETUP
  */
 struct kucomms_rendezvous {
@@ -70,7 +87,7 @@ struct kucomms_rendezvous {
 	__u32 status;
 	__u32 flags;
 	__u32 hello_length;
-	__u32 reserved;
+	__u32 pool;
 	__u8 hello[KUCOMMS_HELLO_MAX];
 };
 

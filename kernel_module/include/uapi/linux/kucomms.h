@@ -28,9 +28,12 @@
  *
  * TURNS: one side may send, and passes the turn with its message. Side 1, which
  * connects, begins. A side that sends out of turn breaks the rules.
+ *
+ * POOLS: messages can hand over buffers.
  */
 #define KUCOMMS_FEATURE_TURNS	0x1ULL
-#define KUCOMMS_FEATURES	0x1ULL
+#define KUCOMMS_FEATURE_POOLS	0x2ULL
+#define KUCOMMS_FEATURES	0x3ULL	/* all that are known */
 
 #define KUCOMMS_NAME_MAX	48	/* characters in the NAME of a URL */
 #define KUCOMMS_HELLO_MAX	64	/* bytes of the user's hello blob */
@@ -42,12 +45,13 @@
 #define KUCOMMS_FLAG_DISCARD	0x0002	/* to be skipped by the consumer */
 #define KUCOMMS_FLAG_REPLY	0x0004	/* answers the request of the same id */
 #define KUCOMMS_FLAG_TOKEN	0x0008	/* the turn alone: no data, no reply */
-#define KUCOMMS_FLAGS		0x000f
+#define KUCOMMS_FLAG_NOTICE	0x0010	/* of KIND_BUFFER: given back, no message */
+#define KUCOMMS_FLAGS		0x001f
 
-/* Kinds of frame. Only messages exist in ABI version 1. */
+/* Kinds of frame. */
 #define KUCOMMS_KIND_MESSAGE	0
-#define KUCOMMS_KIND_CONTROL	1
-#define KUCOMMS_KIND_BUFFER	2
+#define KUCOMMS_KIND_POOL	1	/* a struct kucomms_pool_news, no message */
+#define KUCOMMS_KIND_BUFFER	2	/* hands over buffers: struct kucomms_carried */
 
 /* What a side says of itself in its producer page. It never goes back. */
 #define KUCOMMS_STATE_OPEN	0
@@ -56,8 +60,9 @@
 
 /**
  * struct kucomms_frame - the header of a message in the ring
- * @control: length in bits 0..31, flags in 32..47, kind in 48..55, zero in
- *	     56..63. One word, so that it is read and written in one access.
+ * @control: length in bits 0..31, flags in 32..47, kind in 48..55; in 56..63 the
+ *	     number of buffers of KUCOMMS_KIND_BUFFER, else zero. One word, so that
+ *	     it is read and written in one access.
  * @type: the user's, no value reserved
  * @id: the user's, no value reserved
  * @user_value: the user's, no value reserved
@@ -69,6 +74,44 @@ struct kucomms_frame {
 	__u64 type;
 	__u64 id;
 	__u64 user_value;
+};
+
+/**
+ * struct kucomms_carried - a buffer that is handed over
+ * @pool: its number
+ * @page: of the pool, at which it begins
+ * @length: bytes, at least 1
+ *
+ * A frame of KUCOMMS_KIND_BUFFER begins with 1 to 255 of these; the data of the
+ * message follows them. From then on the buffers are the receiver's, until it
+ * hands them over again. A pool has one owner, who allocates in it: side 0 of
+ * those with an even number, side 1 of those with an odd one.
+ */
+struct kucomms_carried {
+	__u32 pool;
+	__u32 page;
+	__u64 length;
+};
+
+#define KUCOMMS_CARRIED_MAX	255
+#define KUCOMMS_POOLS_MAX	64	/* of each side, at a time */
+
+/**
+ * struct kucomms_pool_news - the sender of this frame has a new pool, or closes one
+ * @number: of the pool; each number once in the life of a channel
+ * @reserved: zero
+ * @size: bytes, a multiple of the page; 0 it is closed
+ * @offset: where to mmap() it out of the device's file
+ *
+ * A pool is closed by this frame, so that what was handed over before it is still
+ * received before it; the user closes his by KUCOMMS_IOC_CLOSE_POOL. Only the kernel
+ * opens one by it: shm:// does so over the socket, with the pool's file.
+ */
+struct kucomms_pool_news {
+	__u32 number;
+	__u32 reserved;
+	__u64 size;
+	__u64 offset;
 };
 
 /**
@@ -227,9 +270,47 @@ struct kucomms_wait {
 	__s64 timeout_ns;
 };
 
+/* The pages are physically contiguous: at most as many as the page allocator has. */
+#define KUCOMMS_POOL_CONTIGUOUS		0x1
+#define KUCOMMS_POOL_CONTIGUOUS_MAX	0x400000ULL	/* bytes */
+
+#define KUCOMMS_POOL_MAX		0x100000000ULL	/* bytes of a pool */
+
+/**
+ * struct kucomms_pool_request - KUCOMMS_IOC_OPEN_POOL, KUCOMMS_IOC_CLOSE_POOL
+ * @size: open: in: bytes, a multiple of the page; close: 0
+ * @flags: open: KUCOMMS_POOL_*; close: 0
+ * @number: open: out; close: in
+ * @offset: open: out: where to mmap() it; close: 0
+ * @reserved: zero
+ *
+ * A pool that the user allocates in. Its pages are ordinary ones, which can be
+ * pinned, and are charged to the caller's cgroup. Closed: what the kernel holds of
+ * it stays until it is let go, and so do mappings; all that was sent before is
+ * still received. Until nothing is left of it, it counts as one of
+ * KUCOMMS_POOLS_MAX.
+ *
+ * ENOTCONN before the set-up; EOPNOTSUPP the feature is not in force; EINVAL, also
+ * for more than KUCOMMS_POOL_MAX or KUCOMMS_POOL_CONTIGUOUS_MAX; ENOMEM; EMFILE too
+ * many pools; ENOENT no such pool of the user's; ESHUTDOWN, EPROTO as
+ * KUCOMMS_IOC_WAIT.
+ *
+ * mmap() of a pool: MAP_SHARED, not for execution; all of it or some, any number
+ * of times. ENOENT there is no such pool (any more).
+ */
+struct kucomms_pool_request {
+	__u64 size;
+	__u32 flags;
+	__u32 number;
+	__u64 offset;
+	__u64 reserved[4];
+};
+
 #define KUCOMMS_IOC_SETUP	_IOWR(KUCOMMS_IOC_MAGIC, 0, struct kucomms_setup)
 /* Ring the kernel's doorbell. ENOTCONN before the set-up, ESHUTDOWN, EPROTO. */
 #define KUCOMMS_IOC_KICK	_IO(KUCOMMS_IOC_MAGIC, 1)
 #define KUCOMMS_IOC_WAIT	_IOWR(KUCOMMS_IOC_MAGIC, 2, struct kucomms_wait)
+#define KUCOMMS_IOC_OPEN_POOL	_IOWR(KUCOMMS_IOC_MAGIC, 3, struct kucomms_pool_request)
+#define KUCOMMS_IOC_CLOSE_POOL	_IOW(KUCOMMS_IOC_MAGIC, 4, struct kucomms_pool_request)
 
 #endif /* _UAPI_LINUX_KUCOMMS_H */

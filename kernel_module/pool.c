@@ -1,0 +1,1160 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Pools: memory of a channel that both sides have mapped, and the buffers of it
+ * that messages hand over.
+ *
+ * A pool has one owner, who allocates in it: the user, or the module. Each buffer
+ * begins at a page, and pool->buffers has an entry for each page; so nothing is
+ * allocated when one comes or goes. Whose it is, by its state, of which only who
+ * has the buffer makes another, by a compare-and-exchange:
+ *
+ *		of the user's pool		of a pool of the module
+ *	AWAY	the user's			free
+ *	IN_HAND	in the message callback		the same
+ *	MINE	the module's			the same
+ *	OUT	-				the user's
+ *	GOING	to be given back		-
+ *
+ * pool->used has the pages of all that are not AWAY. A pool is alive, see
+ * pool->refs, while it is open, for each such buffer, for each mapping, and for
+ * each news of it that waits; then the runner takes it out of its slot. What is
+ * left goes with the channel.
+ *
+ * What is owed to the user, buffers to be given back and news of pools, waits in
+ * lists that any context can add to, and is sent by who sends next, or by the
+ * runner: whoever may write into the ring then. So a channel whose only sender
+ * takes no lock needs none for this either.
+ */
+
+#include <linux/bitmap.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <linux/vmalloc.h>
+
+#include "internal.h"
+
+#define POOL_SHIFT	32	/* of the offsets of pools, for mmap() */
+#define POOL_FIRST	2	/* below are the two sides of the channel */
+#define POOL_MOST	BIT(29)	/* of each side, in the life of a channel */
+#define PAY_MOST	8	/* frames in a row, with interrupts off */
+
+#define KUCOMMS_GFP_POOL (GFP_KERNEL_ACCOUNT | __GFP_NOWARN | \
+			  __GFP_RETRY_MAYFAIL)
+
+/* Of the state of a buffer, or of news. */
+enum {
+	AWAY,
+	IN_HAND,
+	MINE,
+	OUT,
+	GOING,
+	OPENED,
+	CLOSED,
+	CLAIMED = 0x10,		/* is just being sent, if there is room */
+};
+
+/**
+ * struct kucomms_owed - to be told to the user
+ * @node: in the list of what is owed
+ * @state: what it is
+ */
+struct kucomms_owed {
+	struct llist_node node;
+	atomic_t state;
+};
+
+/**
+ * struct kucomms_buffer - what begins at a page of a pool
+ * @owed: its state, and its place among those that are given back
+ * @pool: of which pool; like @length, once it is not AWAY
+ * @length: bytes
+ */
+struct kucomms_buffer {
+	struct kucomms_owed owed;
+	struct kucomms_pool *pool;
+	u64 length;
+};
+
+/**
+ * struct kucomms_pool - a pool
+ * @channel: whose
+ * @number: of this pool, and no other of the channel
+ * @refs: see above
+ * @closed: by its owner
+ * @closed_at: the user's: what was sent before this position is still taken
+ * @let_go: the user's: the runner has seen all that
+ * @page_count: how many
+ * @pages: they, and
+ * @at: where they are for us
+ * @lock: of @used
+ * @used: a bit for each page
+ * @opened: news of a pool of the module
+ * @gone: the same
+ * @release: frees it
+ * @buffers: by their first page
+ */
+struct kucomms_pool {
+	struct kucomms_channel *channel;
+	u32 number;
+	refcount_t refs;
+	bool closed;
+	u64 closed_at;
+	bool let_go;
+	unsigned long page_count;
+	struct page **pages;
+	void *at;
+	raw_spinlock_t lock;
+	unsigned long *used;
+	struct kucomms_owed opened;
+	struct kucomms_owed gone;
+	struct work_struct release;
+	struct kucomms_buffer *buffers;
+};
+
+static bool is_the_users(const struct kucomms_pool *pool)
+{
+	return pool->number & 1;
+}
+
+static unsigned long page_of(const struct kucomms_buffer *buffer)
+{
+	return buffer - buffer->pool->buffers;
+}
+
+static unsigned long pages_for(u64 length)
+{
+	return (length + PAGE_SIZE - 1) >> PAGE_SHIFT;
+}
+
+/* ---- life ---------------------------------------------------------------- */
+
+static void pool_free(struct kucomms_pool *pool)
+{
+	vunmap(pool->at);
+	kucomms_pages_free(pool->pages, pool->page_count);
+	kvfree(pool->buffers);
+	kvfree(pool->used);
+	kfree(pool);
+}
+
+static void pool_release(struct work_struct *work)
+{
+	pool_free(container_of(work, struct kucomms_pool, release));
+}
+
+/* Have the runner look. Any context but NMI. */
+static void kick(struct kucomms_channel *channel)
+{
+	set_bit(KUCOMMS_KICK, &channel->state);
+	kucomms_channel_signal(channel);
+}
+
+/* Any context but NMI. */
+static void pool_put(struct kucomms_pool *pool)
+{
+	struct kucomms_channel *channel = pool->channel;
+
+	if (!refcount_dec_and_test(&pool->refs))
+		return;
+	/* pairs with atomic_xchg() in kucomms_pools_sweep() */
+	atomic_set_release(&channel->pools->sweep, 1);
+	kick(channel);
+}
+
+static int alloc_contiguous(struct page **pages, unsigned long count)
+{
+	void *at = alloc_pages_exact(count << PAGE_SHIFT, KUCOMMS_GFP_PAGES);
+	unsigned long i;
+
+	if (!at)
+		return -ENOMEM;
+	for (i = 0; i < count; i++)
+		pages[i] = virt_to_page(at + (i << PAGE_SHIFT));
+	atomic_long_add(count, &kucomms_alive.pages);
+	return 0;
+}
+
+/* A pool in no slot yet; charged to the caller. */
+static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
+				     u32 flags)
+{
+	unsigned long count = size >> PAGE_SHIFT;
+	struct kucomms_pool *pool;
+	int err = -ENOMEM;
+
+	if (!size || size & ~PAGE_MASK || size > KUCOMMS_POOL_MAX ||
+	    flags & ~KUCOMMS_POOL_CONTIGUOUS ||
+	    (flags && size > KUCOMMS_POOL_CONTIGUOUS_MAX))
+		return ERR_PTR(-EINVAL);
+	pool = kzalloc(sizeof(*pool), KUCOMMS_GFP_POOL);
+	if (!pool)
+		return ERR_PTR(-ENOMEM);
+	pool->channel = channel;
+	pool->page_count = count;
+	refcount_set(&pool->refs, 1);
+	raw_spin_lock_init(&pool->lock);
+	atomic_set(&pool->opened.state, OPENED);
+	atomic_set(&pool->gone.state, CLOSED);
+	INIT_WORK(&pool->release, pool_release);
+	pool->pages = kucomms_pages_list(count);
+	pool->used = kvcalloc(BITS_TO_LONGS(count), sizeof(long), KUCOMMS_GFP_POOL);
+	pool->buffers = kvcalloc(count, sizeof(*pool->buffers), KUCOMMS_GFP_POOL);
+	if (!pool->pages || !pool->used || !pool->buffers)
+		goto err_free;
+	if (flags & KUCOMMS_POOL_CONTIGUOUS)
+		err = alloc_contiguous(pool->pages, count);
+	else
+		err = kucomms_pages_alloc(pool->pages, count);
+	if (err)
+		goto err_free;
+	pool->at = vmap(pool->pages, count, VM_MAP, PAGE_KERNEL);
+	if (pool->at)
+		return pool;
+	err = -ENOMEM;
+
+err_free:
+	pool_free(pool);
+	return ERR_PTR(err);
+}
+
+/* ---- slots --------------------------------------------------------------- */
+
+static struct kucomms_pool **slot_of(struct kucomms_pools *pools, u32 number)
+{
+	return &pools->slots[number & 1][(number >> 1) % KUCOMMS_POOLS_MAX];
+}
+
+/*
+ * The pool of this number, or NULL. For the runner, which alone takes pools out
+ * of their slots; others hold the lock.
+ */
+static struct kucomms_pool *find_pool(struct kucomms_pools *pools, u32 number)
+{
+	struct kucomms_pool *pool;
+
+	/* pairs with smp_store_release() in add_pool() */
+	pool = smp_load_acquire(slot_of(pools, number));
+	return pool && pool->number == number ? pool : NULL;
+}
+
+/* For those that are not the runner: with a reference. */
+static struct kucomms_pool *get_pool(struct kucomms_pools *pools, u32 number)
+{
+	struct kucomms_pool *pool;
+
+	spin_lock(&pools->lock);
+	pool = find_pool(pools, number);
+	if (pool && !refcount_inc_not_zero(&pool->refs))
+		pool = NULL;
+	spin_unlock(&pools->lock);
+	return pool;
+}
+
+/*
+ * The next number of a side whose slot is free: so it tells the slot, and is never
+ * used again. The lock is held. Return: it, or -EMFILE.
+ */
+static s64 next_number(struct kucomms_pools *pools, u32 side)
+{
+	u32 next = pools->next[side], i;
+
+	for (i = 0; i < KUCOMMS_POOLS_MAX && next + i < POOL_MOST; i++)
+		if (!*slot_of(pools, 2 * (next + i) + side))
+			return 2 * (next + i) + side;
+	return -EMFILE;
+}
+
+static int add_pool(struct kucomms_pool *pool, u32 side)
+{
+	struct kucomms_pools *pools = pool->channel->pools;
+	s64 number;
+
+	spin_lock(&pools->lock);
+	number = next_number(pools, side);
+	if (number >= 0) {
+		pool->number = number;
+		pools->next[side] = (number >> 1) + 1;
+		/* pairs with smp_load_acquire() in find_pool() */
+		smp_store_release(slot_of(pools, number), pool);
+	}
+	spin_unlock(&pools->lock);
+	return number < 0 ? number : 0;
+}
+
+/* A new pool in a slot. */
+static struct kucomms_pool *open_pool(struct kucomms_channel *channel, u64 size,
+				      u32 flags, u32 side)
+{
+	struct kucomms_pools *pools = channel->pools;
+	struct kucomms_pool *pool;
+	s64 number;
+	int err;
+
+	if (!pools)
+		return ERR_PTR(-EOPNOTSUPP);
+	/* Before all that memory is taken in vain. */
+	spin_lock(&pools->lock);
+	number = next_number(pools, side);
+	spin_unlock(&pools->lock);
+	if (number < 0)
+		return ERR_PTR(number);
+	pool = pool_new(channel, size, flags);
+	if (IS_ERR(pool))
+		return pool;
+	/* Of the module's pool there will be news. */
+	refcount_set(&pool->refs, side ? 1 : 2);
+	err = add_pool(pool, side);
+	if (err) {
+		pool_free(pool);
+		return ERR_PTR(err);
+	}
+	return pool;
+}
+
+/* A pool that the user has closed: was all received that names it? */
+static void let_go_if_passed(struct kucomms_pool *pool)
+{
+	/* pairs with smp_store_release() in close_users_pool() */
+	if (!smp_load_acquire(&pool->closed) || pool->let_go)
+		return;
+	if ((s64)(pool->channel->rx.position - pool->closed_at) >= 0) {
+		pool->let_go = true;
+		pool_put(pool);
+	} else {
+		atomic_set(&pool->channel->pools->sweep, 1);
+	}
+}
+
+/* Take out of their slots the pools that nobody has any more. The runner's. */
+void kucomms_pools_sweep(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+	struct kucomms_pool *pool;
+	int side, i;
+
+	/* pairs with atomic_set_release() in pool_put() */
+	if (!pools || !atomic_read(&pools->sweep) ||
+	    !atomic_xchg(&pools->sweep, 0))
+		return;
+	for (side = 0; side < 2; side++) {
+		for (i = 0; i < KUCOMMS_POOLS_MAX; i++) {
+			/* pairs with smp_store_release() in add_pool() */
+			pool = smp_load_acquire(&pools->slots[side][i]);
+			if (pool && side)
+				let_go_if_passed(pool);
+			if (!pool || refcount_read(&pool->refs))
+				continue;
+			spin_lock(&pools->lock);
+			WRITE_ONCE(pools->slots[side][i], NULL);
+			spin_unlock(&pools->lock);
+			/* A large one takes a while, and others wait for us. */
+			queue_work(kucomms_workqueue, &pool->release);
+		}
+	}
+}
+
+/* Have room for the pools of a channel, and let messages have buffers. */
+int kucomms_pools_new(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = kzalloc(sizeof(*pools), KUCOMMS_GFP_POOL);
+
+	if (!pools)
+		return -ENOMEM;
+	spin_lock_init(&pools->lock);
+	init_llist_head(&pools->back);
+	init_llist_head(&pools->news);
+	channel->pools = pools;
+	channel->rx.kinds |= BIT(KUCOMMS_KIND_BUFFER);
+	return 0;
+}
+
+/* Nobody has the channel any more, so nobody has one of its buffers. */
+void kucomms_pools_free(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+	int side, i;
+
+	if (!pools)
+		return;
+	for (side = 0; side < 2; side++)
+		for (i = 0; i < KUCOMMS_POOLS_MAX; i++)
+			if (pools->slots[side][i])
+				pool_free(pools->slots[side][i]);
+	kfree(pools);
+}
+
+/* For debugfs: how many pools there are, and their pages. */
+void kucomms_pools_count(struct kucomms_channel *channel, unsigned int *count,
+			 u64 *pages)
+{
+	struct kucomms_pools *pools = channel->pools;
+	int side, i;
+
+	*count = 0;
+	*pages = 0;
+	if (!pools)
+		return;
+	spin_lock(&pools->lock);
+	for (side = 0; side < 2; side++) {
+		for (i = 0; i < KUCOMMS_POOLS_MAX; i++) {
+			if (!pools->slots[side][i])
+				continue;
+			*count += 1;
+			*pages += pools->slots[side][i]->page_count;
+		}
+	}
+	spin_unlock(&pools->lock);
+}
+
+/* ---- what the user asks -------------------------------------------------- */
+
+static u64 offset_of(u32 number)
+{
+	return ((u64)number + POOL_FIRST) << POOL_SHIFT;
+}
+
+static_assert(sizeof(struct kucomms_pool_request) == 56);
+static_assert(offsetof(struct kucomms_pool_request, offset) == 16);
+/* The sides end where the pools begin. */
+static_assert(2 * (KUCOMMS_RING_MAX + KUCOMMS_CONTROL_PAGES * PAGE_SIZE) <=
+	      (u64)POOL_FIRST << POOL_SHIFT);
+static_assert(BIT_ULL(POOL_SHIFT) >= KUCOMMS_POOL_MAX);
+
+/* Not before all that was sent is received that may name it. */
+static void close_users_pool(struct kucomms_pool *pool)
+{
+	struct kucomms_channel *channel = pool->channel;
+
+	/* pairs with smp_store_release() in kucomms_ring_move() */
+	pool->closed_at = smp_load_acquire(&channel->rx.peer->position);
+	/* pairs with smp_load_acquire() in let_go_if_passed() and accept() */
+	smp_store_release(&pool->closed, true);
+}
+
+long kucomms_ioctl_open_pool(struct kucomms_channel *channel,
+			     void __user *argument)
+{
+	struct kucomms_pool_request request;
+	struct kucomms_pool *pool;
+
+	if (copy_from_user(&request, argument, sizeof(request)))
+		return -EFAULT;
+	if (request.number || request.offset ||
+	    memchr_inv(request.reserved, 0, sizeof(request.reserved)))
+		return -EINVAL;
+	/* So that nothing has to be undone if the answer cannot be given. */
+	if (copy_to_user(argument, &request, sizeof(request)))
+		return -EFAULT;
+	pool = open_pool(channel, request.size, request.flags, 1);
+	if (IS_ERR(pool))
+		return PTR_ERR(pool);
+	/* From here on, another thread may have it closed. */
+	request.number = pool->number;
+	request.offset = offset_of(request.number);
+	return copy_to_user(argument, &request, sizeof(request)) ? -EFAULT : 0;
+}
+
+long kucomms_ioctl_close_pool(struct kucomms_channel *channel,
+			      void __user *argument)
+{
+	struct kucomms_pools *pools = channel->pools;
+	struct kucomms_pool_request request;
+	struct kucomms_pool *pool;
+	long err = -ENOENT;
+
+	if (copy_from_user(&request, argument, sizeof(request)))
+		return -EFAULT;
+	if (request.size || request.flags || request.offset ||
+	    memchr_inv(request.reserved, 0, sizeof(request.reserved)))
+		return -EINVAL;
+	if (!pools)
+		return -EOPNOTSUPP;
+	spin_lock(&pools->lock);
+	pool = find_pool(pools, request.number);
+	if (pool && is_the_users(pool) && !pool->closed) {
+		close_users_pool(pool);
+		err = 0;
+	}
+	spin_unlock(&pools->lock);
+	if (!err) {
+		/* pairs with atomic_xchg() in kucomms_pools_sweep() */
+		atomic_set_release(&pools->sweep, 1);
+		kick(channel);
+	}
+	return err;
+}
+
+static void pool_vm_open(struct vm_area_struct *vma)
+{
+	struct kucomms_pool *pool = vma->vm_private_data;
+
+	refcount_inc(&pool->refs);
+}
+
+static void pool_vm_close(struct vm_area_struct *vma)
+{
+	pool_put(vma->vm_private_data);
+}
+
+static const struct vm_operations_struct pool_vm_ops = {
+	.open = pool_vm_open,
+	.close = pool_vm_close,
+};
+
+/* Whether a mapping is one of a pool, by its offset. */
+bool kucomms_is_of_pool(const struct vm_area_struct *vma)
+{
+	return vma->vm_pgoff >> (POOL_SHIFT - PAGE_SHIFT) >= POOL_FIRST;
+}
+
+/**
+ * kucomms_pool_mmap - map a part of a pool
+ * @channel: the channel
+ * @vma: where, and which pages
+ *
+ * The pages are ordinary ones, so that I/O can pin them: what is under way has
+ * its own hold on them, whoever dies and whatever is closed meanwhile.
+ *
+ * Return: 0, -EINVAL, -EACCES, -ENOENT, -ESHUTDOWN, -ENOMEM.
+ */
+int kucomms_pool_mmap(struct kucomms_channel *channel,
+		      struct vm_area_struct *vma)
+{
+	unsigned long first = vma->vm_pgoff & (BIT(POOL_SHIFT - PAGE_SHIFT) - 1);
+	u64 number = (vma->vm_pgoff >> (POOL_SHIFT - PAGE_SHIFT)) - POOL_FIRST;
+	unsigned long count = vma_pages(vma);
+	struct kucomms_pool *pool;
+	int err = -EINVAL;
+
+	if (!(vma->vm_flags & VM_SHARED) || number >= 2 * POOL_MOST ||
+	    !channel->pools)
+		return -EINVAL;
+	if (vma->vm_flags & VM_EXEC)
+		return -EACCES;
+	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
+		return -ESHUTDOWN;
+	pool = get_pool(channel->pools, number);
+	if (!pool)
+		return -ENOENT;
+	if (first < pool->page_count && count <= pool->page_count - first)
+		err = kucomms_pages_map(vma, pool->pages + first, VM_MAYEXEC);
+	if (err) {
+		pool_put(pool);
+		return err;
+	}
+	vma->vm_private_data = pool;
+	vma->vm_ops = &pool_vm_ops;
+	return 0;
+}
+
+/* ---- buffers ------------------------------------------------------------- */
+
+/* These pages are free again. */
+static void unuse(struct kucomms_pool *pool, unsigned long page, u64 length)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&pool->lock, irq);
+	bitmap_clear(pool->used, page, pages_for(length));
+	raw_spin_unlock_irqrestore(&pool->lock, irq);
+}
+
+/* The state becomes another if it is this one. Return: whether. */
+static bool turn(struct kucomms_buffer *buffer, int from, int to)
+{
+	return atomic_cmpxchg(&buffer->owed.state, from, to) == from;
+}
+
+/* The same for one that is the module's to do with as it likes. */
+static bool turn_ours(struct kucomms_buffer *buffer, int to)
+{
+	return turn(buffer, MINE, to) || turn(buffer, IN_HAND, to);
+}
+
+/* One that was used until now is AWAY: nobody holds the pool for it any more. */
+static void drop(struct kucomms_buffer *buffer)
+{
+	struct kucomms_pool *pool = buffer->pool;
+
+	unuse(pool, page_of(buffer), buffer->length);
+	pool_put(pool);
+}
+
+/* Tell what is given back. Return: whether the runner has to be kicked for it. */
+static bool owe(struct kucomms_buffer *buffer)
+{
+	return llist_add(&buffer->owed.node, &buffer->pool->channel->pools->back);
+}
+
+/**
+ * kucomms_free_buffer - a buffer is not needed any more
+ * @buffer: from kucomms_allocate() or kucomms_take_buffer(), or one of the message
+ *	    in the callback; not to be used any more
+ *
+ * That of a pool of the user is given back to it, that of a pool of the module is
+ * free again. Any context but NMI.
+ */
+void kucomms_free_buffer(struct kucomms_buffer *buffer)
+{
+	struct kucomms_channel *channel = buffer->pool->channel;
+
+	if (is_the_users(buffer->pool)) {
+		if (WARN_ON_ONCE(!turn_ours(buffer, GOING)))
+			return;
+		if (owe(buffer))
+			kick(channel);
+	} else {
+		if (WARN_ON_ONCE(!turn_ours(buffer, AWAY)))
+			return;
+		drop(buffer);
+	}
+}
+EXPORT_SYMBOL_GPL(kucomms_free_buffer);
+
+/**
+ * kucomms_buffer_data - its bytes
+ * @buffer: the buffer
+ *
+ * Mapped page by page, so vmalloc_to_page() tells which page is where. The user has
+ * them mapped, too, and can change them at any time.
+ */
+void *kucomms_buffer_data(const struct kucomms_buffer *buffer)
+{
+	return buffer->pool->at + (page_of(buffer) << PAGE_SHIFT);
+}
+EXPORT_SYMBOL_GPL(kucomms_buffer_data);
+
+/**
+ * kucomms_buffer_length - how many bytes it has
+ * @buffer: the buffer
+ */
+u64 kucomms_buffer_length(const struct kucomms_buffer *buffer)
+{
+	return buffer->length;
+}
+EXPORT_SYMBOL_GPL(kucomms_buffer_length);
+
+/* ---- pools of the module ------------------------------------------------- */
+
+static void tell(struct kucomms_pool *pool, struct kucomms_owed *news)
+{
+	if (llist_add(&news->node, &pool->channel->pools->news))
+		kick(pool->channel);
+}
+
+/**
+ * kucomms_open_pool - a pool that the module allocates in
+ * @channel: whose messages can hand over its buffers
+ * @size: bytes, rounded up to pages
+ * @flags: 0 or KUCOMMS_POOL_CONTIGUOUS
+ *
+ * The user is told, and maps it. The memory is charged to who calls this: from a
+ * callback to nobody, so bound the channels that there can be. It ends by
+ * kucomms_close_pool(), or with the channel. May sleep; from the open callback on.
+ *
+ * Return: the pool, or an error pointer: -EOPNOTSUPP when the user knows no pools,
+ * -EINVAL, -ENOMEM, -EMFILE when there are KUCOMMS_POOLS_MAX, those included that
+ * were closed and of which the user still has something.
+ */
+struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
+				       u64 size, u32 flags)
+{
+	struct kucomms_pool *pool;
+
+	if (size > KUCOMMS_POOL_MAX)
+		return ERR_PTR(-EINVAL);
+	pool = open_pool(channel, PAGE_ALIGN(size), flags, 0);
+	if (!IS_ERR(pool))
+		tell(pool, &pool->opened);
+	return pool;
+}
+EXPORT_SYMBOL_GPL(kucomms_open_pool);
+
+/**
+ * kucomms_close_pool - no more is allocated in a pool
+ * @pool: from kucomms_open_pool(); not to be used any more
+ *
+ * Buffers of it that the module has stay valid until they are freed; they cannot
+ * be sent any more. Those that the user has can still come in its messages. Any
+ * context but NMI.
+ */
+void kucomms_close_pool(struct kucomms_pool *pool)
+{
+	if (WARN_ON_ONCE(READ_ONCE(pool->closed)))
+		return;
+	/* The reference that it had for being open is that of the news now. */
+	WRITE_ONCE(pool->closed, true);
+	tell(pool, &pool->gone);
+}
+EXPORT_SYMBOL_GPL(kucomms_close_pool);
+
+/* The first page of so many that are free, now used; or page_count. */
+static unsigned long use(struct kucomms_pool *pool, unsigned long count)
+{
+	unsigned long irq, page;
+
+	raw_spin_lock_irqsave(&pool->lock, irq);
+	page = bitmap_find_next_zero_area(pool->used, pool->page_count, 0,
+					  count, 0);
+	if (page < pool->page_count)
+		bitmap_set(pool->used, page, count);
+	else
+		page = pool->page_count;
+	raw_spin_unlock_irqrestore(&pool->lock, irq);
+	return page;
+}
+
+/**
+ * kucomms_allocate - a buffer of a pool of the module
+ * @pool: from kucomms_open_pool()
+ * @length: bytes, at least 1
+ *
+ * It begins at a page. What is in it is what was there before, of the pool.
+ *
+ * Any context but NMI; the time grows with the pages of the pool. Return: the
+ * buffer, or an error pointer: -ENOBUFS when there is no room for it now (the work
+ * callback is called when the user has given something back), -EMSGSIZE when there
+ * never is, -EINVAL.
+ */
+struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
+{
+	atomic_t *is_short = &pool->channel->pools->is_short;
+	struct kucomms_buffer *buffer;
+	unsigned long page;
+
+	if (!length)
+		return ERR_PTR(-EINVAL);
+	if (length > (u64)pool->page_count << PAGE_SHIFT)
+		return ERR_PTR(-EMSGSIZE);
+	page = use(pool, pages_for(length));
+	if (page == pool->page_count) {
+		/*
+		 * Then look again. Who frees comes with the lock before that,
+		 * or sees this after it, in kucomms_buffers_came_back().
+		 */
+		atomic_set(is_short, 1);
+		page = use(pool, pages_for(length));
+	}
+	if (page == pool->page_count)
+		return ERR_PTR(-ENOBUFS);
+	refcount_inc(&pool->refs);
+	buffer = &pool->buffers[page];
+	buffer->pool = pool;
+	buffer->length = length;
+	atomic_set(&buffer->owed.state, MINE);
+	return buffer;
+}
+EXPORT_SYMBOL_GPL(kucomms_allocate);
+
+/* ---- sending ------------------------------------------------------------- */
+
+/* Nobody else sends or frees these from now on. */
+int kucomms_buffers_claim(struct kucomms_channel *channel,
+			  const struct kucomms_message *message)
+{
+	struct kucomms_buffer *buffer;
+	u32 i;
+
+	if (!channel->pools)
+		return -EOPNOTSUPP;
+	if (message->buffer_count > KUCOMMS_CARRIED_MAX || !message->buffers)
+		return -EINVAL;
+	if (message->length > channel->ring_size)
+		return -EMSGSIZE;
+	for (i = 0; i < message->buffer_count; i++) {
+		buffer = message->buffers[i];
+		if (!buffer || buffer->pool->channel != channel ||
+		    (!turn(buffer, MINE, MINE | CLAIMED) &&
+		     !turn(buffer, IN_HAND, IN_HAND | CLAIMED))) {
+			kucomms_buffers_unclaim(message, i);
+			return -EINVAL;
+		}
+	}
+	return 0;
+}
+
+/* The message was not sent: the first @count of its buffers are what they were. */
+void kucomms_buffers_unclaim(const struct kucomms_message *message, u32 count)
+{
+	while (count--)
+		atomic_andnot(CLAIMED, &message->buffers[count]->owed.state);
+}
+
+static void fill_in(struct kucomms_carried *carried,
+		    const struct kucomms_buffer *buffer)
+{
+	carried->pool = buffer->pool->number;
+	carried->page = page_of(buffer);
+	carried->length = buffer->length;
+}
+
+/*
+ * There is room for a message: its buffers, which were claimed, are the user's. As
+ * the only sender, or with the lock held. Return: 0, -ESTALE.
+ */
+int kucomms_hand_over(const struct kucomms_message *message,
+		      struct kucomms_carried *list)
+{
+	struct kucomms_buffer *buffer;
+	u32 i;
+
+	/* The news that it was closed come after us, or have gone before. */
+	for (i = 0; i < message->buffer_count; i++) {
+		buffer = message->buffers[i];
+		if (!is_the_users(buffer->pool) &&
+		    READ_ONCE(buffer->pool->closed))
+			return -ESTALE;
+	}
+	for (i = 0; i < message->buffer_count; i++) {
+		buffer = message->buffers[i];
+		buffer->pool->channel->pools->sent++;
+		fill_in(&list[i], buffer);
+		if (is_the_users(buffer->pool)) {
+			atomic_set(&buffer->owed.state, AWAY);
+			drop(buffer);
+		} else {
+			/* pairs with atomic_read_acquire() in come_back() */
+			atomic_set_release(&buffer->owed.state, OUT);
+		}
+	}
+	return 0;
+}
+
+/* Where a frame of ours goes. As kucomms_ring_next(); it was asked for room. */
+static int next_frame(struct kucomms_channel *channel, u32 length,
+		      struct kucomms_frame **frame)
+{
+	int err = kucomms_ring_next(&channel->tx, length, frame);
+
+	if (err == -EAGAIN &&
+	    kucomms_ring_park_for_space(&channel->tx,
+					kucomms_frame_span(length)))
+		err = kucomms_ring_next(&channel->tx, length, frame);
+	return err;
+}
+
+static void publish(struct kucomms_channel *channel,
+		    struct kucomms_frame *frame, u32 length, u32 flags, u32 kind)
+{
+	frame->type = 0;
+	frame->id = 0;
+	frame->user_value = 0;
+	kucomms_ring_publish(&channel->tx, frame, length, flags, kind);
+}
+
+/* Send the first news of all that wait. */
+static int pay_news(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+	struct kucomms_pool_news *news;
+	struct kucomms_frame *frame;
+	struct kucomms_owed *owed;
+	struct kucomms_pool *pool;
+	bool opened;
+	int err = next_frame(channel, sizeof(*news), &frame);
+
+	if (err)
+		return err;
+	owed = llist_entry(pools->first_news, struct kucomms_owed, node);
+	opened = atomic_read(&owed->state) == OPENED;
+	pool = opened ? container_of(owed, struct kucomms_pool, opened) :
+			container_of(owed, struct kucomms_pool, gone);
+	WRITE_ONCE(pools->first_news, owed->node.next);
+	news = (void *)(frame + 1);
+	*news = (struct kucomms_pool_news) {
+		.number = pool->number,
+	};
+	if (opened) {
+		news->size = (u64)pool->page_count << PAGE_SHIFT;
+		news->offset = offset_of(pool->number);
+	}
+	publish(channel, frame, sizeof(*news), 0, KUCOMMS_KIND_POOL);
+	pool_put(pool);
+	return 0;
+}
+
+/* How many are to be given back next, if there is room for so many. */
+static u32 count_back(struct kucomms_channel *channel)
+{
+	u64 fit = (channel->ring_size / 2 - KUCOMMS_HEADER_SIZE) /
+		  sizeof(struct kucomms_carried);
+	u32 most = min_t(u64, KUCOMMS_CARRIED_MAX, fit), count = 0;
+	struct llist_node *node;
+
+	for (node = channel->pools->first_back; node && count < most;
+	     node = node->next)
+		count++;
+	return count;
+}
+
+/* Give back the first of all that wait, as many as there is room for. */
+static int pay_back(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+	u32 count = count_back(channel), i;
+	struct kucomms_carried *list;
+	struct kucomms_buffer *buffer;
+	struct kucomms_frame *frame;
+	int err;
+
+	do {
+		err = kucomms_ring_next(&channel->tx, count * sizeof(*list),
+					&frame);
+	} while (err == -EAGAIN && (count /= 2));
+	if (err == -EAGAIN) {
+		count = 1;
+		err = next_frame(channel, sizeof(*list), &frame);
+	}
+	if (err)
+		return err;
+	list = (void *)(frame + 1);
+	for (i = 0; i < count; i++) {
+		buffer = llist_entry(pools->first_back, struct kucomms_buffer,
+				     owed.node);
+		WRITE_ONCE(pools->first_back, buffer->owed.node.next);
+		fill_in(&list[i], buffer);
+		atomic_set(&buffer->owed.state, AWAY);
+		drop(buffer);
+	}
+	publish(channel, frame, count * sizeof(*list), KUCOMMS_FLAG_NOTICE,
+		kucomms_frame_kind(count));
+	return 0;
+}
+
+/* Whether anything waits to be told to the user. */
+bool kucomms_owes(const struct kucomms_channel *channel)
+{
+	const struct kucomms_pools *pools = channel->pools;
+
+	return pools && (READ_ONCE(pools->first_back) ||
+			 READ_ONCE(pools->first_news) ||
+			 !llist_empty(&pools->back) ||
+			 !llist_empty(&pools->news));
+}
+
+/*
+ * Tell the user what is owed. As the only sender, or with the lock held. Return: 0;
+ * -EAGAIN when the ring is full, and the doorbell was asked for; -EINPROGRESS when
+ * there is more; -EPROTO.
+ */
+int kucomms_pay(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+	int count, err;
+
+	for (count = 0; count < PAY_MOST; count++) {
+		if (!pools->first_news) {
+			/* In the order in which they were told. */
+			WRITE_ONCE(pools->first_news,
+				   llist_reverse_order(llist_del_all(&pools->news)));
+		}
+		if (!pools->first_back)
+			WRITE_ONCE(pools->first_back,
+				   llist_del_all(&pools->back));
+		if (pools->first_news)
+			err = pay_news(channel);
+		else if (pools->first_back)
+			err = pay_back(channel);
+		else
+			return 0;
+		if (err)
+			return err;
+	}
+	return kucomms_owes(channel) ? -EINPROGRESS : 0;
+}
+
+/* ---- receiving ----------------------------------------------------------- */
+
+/* One of a pool of the user is the module's now. */
+static struct kucomms_buffer *accept(struct kucomms_channel *channel,
+				     const struct kucomms_carried *carried)
+{
+	struct kucomms_pool *pool = find_pool(channel->pools, carried->pool);
+	unsigned long irq, end;
+	bool used;
+
+	if (!pool || carried->page >= pool->page_count ||
+	    !carried->length ||
+	    carried->length >
+	    (u64)(pool->page_count - carried->page) << PAGE_SHIFT)
+		return NULL;
+	/* pairs with smp_store_release() in close_users_pool() */
+	if (smp_load_acquire(&pool->closed) &&
+	    (s64)(channel->rx.position - pool->closed_at) >= 0)
+		return NULL;
+	end = carried->page + pages_for(carried->length);
+	raw_spin_lock_irqsave(&pool->lock, irq);
+	used = find_next_bit(pool->used, end, carried->page) < end;
+	if (!used)
+		bitmap_set(pool->used, carried->page, end - carried->page);
+	raw_spin_unlock_irqrestore(&pool->lock, irq);
+	if (used)
+		return NULL;
+	/* It is open: not let go of, and that is for us to do. */
+	refcount_inc(&pool->refs);
+	pool->buffers[carried->page].pool = pool;
+	pool->buffers[carried->page].length = carried->length;
+	return &pool->buffers[carried->page];
+}
+
+/* One of a pool of the module comes back, exactly as it went. */
+static struct kucomms_buffer *come_back(struct kucomms_channel *channel,
+					const struct kucomms_carried *carried)
+{
+	struct kucomms_pool *pool = find_pool(channel->pools, carried->pool);
+	struct kucomms_buffer *buffer;
+
+	if (!pool || carried->page >= pool->page_count)
+		return NULL;
+	buffer = &pool->buffers[carried->page];
+	/* pairs with atomic_set_release() in kucomms_hand_over() */
+	if (atomic_read_acquire(&buffer->owed.state) != OUT ||
+	    carried->length != buffer->length)
+		return NULL;
+	return buffer;
+}
+
+static struct kucomms_carried read_carried(const struct kucomms_view *view,
+					   u32 i)
+{
+	const struct kucomms_carried *list = (const void *)view->data;
+
+	return (struct kucomms_carried) {
+		.pool = READ_ONCE(list[i].pool),
+		.page = READ_ONCE(list[i].page),
+		.length = READ_ONCE(list[i].length),
+	};
+}
+
+/* The user gives back what it was given. Return: 0, -EPROTO. */
+int kucomms_buffers_returned(struct kucomms_channel *channel,
+			     const struct kucomms_view *view)
+{
+	struct kucomms_carried carried;
+	struct kucomms_buffer *buffer;
+	u32 i;
+
+	for (i = 0; i < view->buffers; i++) {
+		carried = read_carried(view, i);
+		buffer = carried.pool & 1 ? NULL : come_back(channel, &carried);
+		if (!buffer)
+			return -EPROTO;
+		atomic_set(&buffer->owed.state, AWAY);
+		drop(buffer);
+		channel->pools->came_back = true;
+	}
+	return 0;
+}
+
+/*
+ * The buffers of the message at the front are in the module's hand, also when it
+ * has had them there before and left the message for later. Return: 0, -EPROTO.
+ */
+int kucomms_buffers_received(struct kucomms_channel *channel,
+			     const struct kucomms_view *view)
+{
+	struct kucomms_pools *pools = channel->pools;
+	struct kucomms_carried carried;
+	struct kucomms_buffer *buffer;
+	u32 i;
+
+	if (pools->hand_count) {
+		/* It is still there; the user may have made another of it. */
+		if (pools->hand_at != channel->rx.position ||
+		    pools->hand_count != view->buffers)
+			return -EPROTO;
+		return 0;
+	}
+	for (i = 0; i < view->buffers; i++) {
+		carried = read_carried(view, i);
+		if (carried.pool & 1)
+			buffer = accept(channel, &carried);
+		else
+			buffer = come_back(channel, &carried);
+		if (!buffer)
+			return -EPROTO;
+		atomic_set(&buffer->owed.state, IN_HAND);
+		pools->hand[i] = buffer;
+	}
+	pools->received += view->buffers;
+	pools->hand_at = channel->rx.position;
+	pools->hand_count = view->buffers;
+	return 0;
+}
+
+/* The callback leaves the message: what it has sent, freed or taken is gone. */
+void kucomms_buffers_stay(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+	u32 i;
+
+	for (i = 0; i < pools->hand_count; i++)
+		if (pools->hand[i] &&
+		    atomic_read(&pools->hand[i]->owed.state) != IN_HAND)
+			pools->hand[i] = NULL;
+}
+
+/* The callback has had the message: what it has not taken is given back. */
+void kucomms_buffers_done(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+	struct kucomms_buffer *buffer;
+	u32 i;
+
+	for (i = 0; i < pools->hand_count; i++) {
+		buffer = pools->hand[i];
+		if (!buffer)
+			continue;
+		if (is_the_users(buffer->pool)) {
+			/* The runner, which we are, pays after this. */
+			if (turn(buffer, IN_HAND, GOING))
+				owe(buffer);
+		} else if (turn(buffer, IN_HAND, AWAY)) {
+			drop(buffer);
+			pools->came_back = true;
+		}
+	}
+	pools->hand_count = 0;
+}
+
+/* Was a module short of buffers, and the user has given some back? */
+bool kucomms_buffers_came_back(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+
+	if (!pools->came_back)
+		return false;
+	pools->came_back = false;
+	return atomic_read(&pools->is_short) &&
+	       atomic_xchg(&pools->is_short, 0);
+}
+
+/**
+ * kucomms_take_buffer - keep a buffer of a message beyond its callback
+ * @channel: where it came from
+ * @message: what the message callback was given, which this is called from
+ * @i: which of its buffers
+ *
+ * It is the module's until it is given to kucomms_free_buffer(), or sent. When the
+ * callback leaves the message for later (kucomms_retry()) it gets NULL in its place
+ * the next time.
+ *
+ * Return: the buffer, or an error pointer: -EINVAL when there is none, or it was
+ * taken, sent or freed already.
+ */
+struct kucomms_buffer *
+kucomms_take_buffer(struct kucomms_channel *channel,
+		    const struct kucomms_message *message, u32 i)
+{
+	struct kucomms_buffer *buffer;
+
+	if (message != channel->in_hand || i >= message->buffer_count)
+		return ERR_PTR(-EINVAL);
+	buffer = message->buffers[i];
+	if (!buffer || !turn(buffer, IN_HAND, MINE))
+		return ERR_PTR(-EINVAL);
+	return buffer;
+}
+EXPORT_SYMBOL_GPL(kucomms_take_buffer);
