@@ -172,6 +172,7 @@ LOADS = {
 }
 LINKS = {"inproc://, one loop": "inproc", "shm://, two processes": "shm"}
 RING_SIZE = 1 << 22
+IN_A_ROW = 100
 
 
 async def serve(url, ready):
@@ -185,26 +186,21 @@ async def serve(url, ready):
         await over
 
 
-async def there_and_back(link, number, data, buffer_size):
+async def there_and_back(link, pool, message, buffer_size):
     """Microseconds of a round trip; a buffer is allocated for each, and freed after it."""
-    pool = await link.open_pool(8 << 20)
-    message = bytes(data)
-    for count in (number // 10, number):
-        begin = time.perf_counter()
-        for _ in range(count):
-            if buffer_size:
-                await link.send(message, buffers=pool.allocate(buffer_size))
-                (await link.receive()).buffers[0].free()
-            else:
-                await link.send(message)
-                await link.receive()
-    elapsed = time.perf_counter() - begin
-    await pool.aclose()
-    return elapsed / number * 1e6
+    begin = time.perf_counter()
+    for _ in range(IN_A_ROW):
+        if buffer_size:
+            await link.send(message, buffers=pool.allocate(buffer_size))
+            (await link.receive()).buffers[0].free()
+        else:
+            await link.send(message)
+            await link.receive()
+    return (time.perf_counter() - begin) / IN_A_ROW * 1e6
 
 
-async def handing(scheme, loads, number):
-    """What each load takes, in this order, over one link."""
+async def handing(scheme, samples):
+    """Samples of each load, in turn, over one link."""
     url = f"{scheme}://bench_pool_{os.getpid()}"
     echo = process = None
     if scheme == "inproc":
@@ -216,13 +212,15 @@ async def handing(scheme, loads, number):
             [sys.executable, "-c", f"import bench.pool; bench.pool.echo({url!r})"]
         )
     try:
+        found = {load: [] for load in LOADS}
         async with kucomms.connect(url, timeout=30) as link:
-            return {
-                load: await there_and_back(
-                    link, number if not LOADS[load][0] >> 20 else number // 20, *LOADS[load]
-                )
-                for load in loads
-            }
+            pool = await link.open_pool(8 << 20)
+            for turn in range(samples):
+                for load in LOADS if turn % 2 == 0 else reversed(LOADS):
+                    data, buffer_size = LOADS[load]
+                    sample = await there_and_back(link, pool, bytes(data), buffer_size)
+                    found[load].append(sample)
+        return found
     finally:
         if echo is not None:
             await echo
@@ -235,14 +233,13 @@ def echo(url):
     kucomms.run(serve(url, lambda: None))
 
 
-def measure_handing(rounds, number):
+def measure_handing(rounds, samples):
     """(link, load): list of samples."""
     found = {(link, load): [] for link in LINKS for load in LOADS}
-    for turn in range(rounds):
+    for _ in range(rounds):
         for link, scheme in LINKS.items():
-            loads = list(LOADS) if turn % 2 == 0 else list(reversed(LOADS))
-            for load, sample in kucomms.run(handing(scheme, loads, number)).items():
-                found[link, load].append(sample)
+            for load, some in kucomms.run(handing(scheme, samples)).items():
+                found[link, load].extend(some)
     return found
 
 
@@ -254,12 +251,13 @@ def handing_section(found):
     yield (
         "Microseconds of a round trip: sent, and sent back by a message handler. A buffer is "
         "allocated before it and freed after it; nobody touches its bytes. A message has its "
-        "data copied four times."
+        f"data copied four times. The least of many samples of {IN_A_ROW} round trips each, "
+        "taken in turn: what else runs on the machine only adds to that."
     )
     yield ""
     rows = []
     for link in LINKS:
-        cost = {load: statistics.median(found[link, load]) for load in LOADS}
+        cost = {load: min(found[link, load]) for load in LOADS}
         rows.append(
             [link]
             + [f"{cost[load]:,.1f}" for load in LOADS]
@@ -316,14 +314,14 @@ def page(found, rounds, file_mebibytes, handed):
 @click.option("--file-mebibytes", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--mebibytes", type=click.IntRange(1), default=64, show_default=True,
               help="Moved in each sample, but at least 256 requests.")
-@click.option("--round-trips", type=click.IntRange(20), default=10_000, show_default=True,
-              help="Of each sample of buffers in messages.")
+@click.option("--samples", type=click.IntRange(1), default=20, show_default=True,
+              help="Of each kind of message with and without buffers, in each round.")
 @click.option("--directory", type=click.Path(file_okay=False), default=".", show_default=True,
               help="Where the file is made: the disk that is measured.")
-def main(target, rounds, file_mebibytes, mebibytes, round_trips, directory):
+def main(target, rounds, file_mebibytes, mebibytes, samples, directory):
     """Measure pools and threads, and write the page TARGET."""
     found = measure(directory, rounds, mebibytes << 20, file_mebibytes)
-    handed = measure_handing(rounds, round_trips)
+    handed = measure_handing(rounds, samples)
     notes = target.read_text().partition("\n<!-- notes -->\n")[2] if target.exists() else ""
     text = "\n".join(page(found, rounds, file_mebibytes, handed)) + "\n"
     target.write_text(text + (f"\n<!-- notes -->\n{notes}" if notes else ""))

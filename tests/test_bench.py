@@ -53,11 +53,13 @@ def test_the_bench_of_pools_writes_its_page_and_keeps_the_notes(tmp_path):
     page.write_text("old\n\n<!-- notes -->\nwhat somebody wrote\n")
     subprocess.run(
         [sys.executable, "-m", "bench.pool", page, "--rounds", "1", "--mebibytes", "1",
-         "--file-mebibytes", "4", "--directory", tmp_path],
+         "--file-mebibytes", "4", "--samples", "2", "--directory", tmp_path],
         cwd=ROOT, check=True, capture_output=True, timeout=120,
     )
     text = page.read_text()
     for name in ("pool, submit", "pool, await, engine threads", "asyncio.to_thread"):
         assert text.count(f"| {name} |") == 3
+    for name in ("inproc://, one loop", "shm://, two processes"):
+        assert text.count(f"| {name} |") == 1
     assert "old" not in text
     assert text.endswith("<!-- notes -->\nwhat somebody wrote\n")
