@@ -887,8 +887,10 @@ class ShmListener(Listener):
             raise _dropped(self.url, errno.ECONNRESET)
 
     def _refuse(self, sock: socket.socket, status: int) -> None:
+        known = int(lib.KUCOMMS_FEATURES)
+        record = _record(lib.KUCOMMS_STEP_SETUP, status=status, features=known)
         with suppress(TransportError):
-            _send_record(self.url, sock, _record(lib.KUCOMMS_STEP_SETUP, status=status))
+            _send_record(self.url, sock, record)
 
     def _close_sockets(self) -> None:
         self._watch(False)

@@ -550,7 +550,7 @@ async def test_a_peer_that_knows_no_turns():
             raw_peer.send(sock, raw_peer.record(raw_peer.HELLO))
             answer, fds = raw_peer.receive(sock)
             assert raw_peer.is_closed(sock)
-            return answer.status, answer.features, fds
+            return answer.status, answer.features & FEATURE, fds
 
     with structlog.testing.capture_logs() as logs:
         async with listening(f"shm://{name}") as (endpoint, _links):
@@ -589,3 +589,65 @@ async def test_turns_that_were_not_agreed_on():
 
         assert await asyncio.to_thread(connect)
         assert endpoint.links == ()
+
+
+# ---- and buffers ----------------------------------------------------------------------
+
+
+async def test_a_message_with_buffers_passes_the_turn(url):
+    """What is given back does not need it, and does not bring it."""
+    async with pair(url) as (user, owner), user.open_pool(100) as pool:
+        buffer = pool.allocate(100)
+        buffer.data[:5] = b"hello"
+        await user.send(b"", buffers=buffer)
+        assert not user.has_turn
+        message = await receive(owner)
+        assert owner.has_turn
+        (theirs,) = message.buffers
+        assert bytes(theirs.data[:5]) == b"hello"
+        await owner.send(b"")
+        assert not owner.has_turn
+        theirs.free()  # out of turn
+        assert not owner.has_turn
+        await receive(user)
+        assert user.has_turn
+        async with asyncio.timeout(PATIENCE):
+            (await pool.allocate_when_room(100)).free()
+        assert user.has_turn
+        assert not owner.has_turn
+
+
+async def test_buffers_out_of_turn_stay_here(url):
+    async with pair(url) as (user, owner), user.open_pool(1 << 16) as pool:
+        await user.send(b"")
+        buffer = pool.allocate(100)
+        with pytest.raises(OutOfTurnError):
+            await user.send(b"", buffers=buffer)
+        with pytest.raises(OutOfTurnError):
+            user.send_nowait(b"", buffers=[buffer])
+        buffer.data[:5] = b"still"
+        with pytest.raises(UsageError):  # a token has none, whoever's turn it is
+            await user.send(Token(), buffers=buffer)
+        await receive(owner)
+        await owner.send(b"")
+        await receive(user)
+        with pytest.raises(UsageError):
+            await user.send(Token(), buffers=buffer)
+        assert user.has_turn
+        await user.send(b"", buffers=buffer)
+        (theirs,) = (await receive(owner)).buffers
+        with theirs:
+            assert bytes(theirs.data[:5]) == b"still"
+
+
+async def test_a_reply_with_buffers_that_comes_too_late_brings_the_turn(url):
+    async with pair(url) as (user, owner), owner.open_pool(1 << 16) as pool:
+        with pytest.raises(TimeoutError):
+            await user.request(b"", timeout=0.01)
+        asked = await receive(owner)
+        await owner.reply(asked, b"late", buffers=pool.allocate(100))
+        assert not user.has_turn
+        message = await receive(user)
+        assert (message.data, len(message.buffers)) == (b"late", 1)
+        assert user.has_turn
+        message.buffers[0].free()
