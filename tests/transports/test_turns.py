@@ -596,21 +596,30 @@ async def test_turns_that_were_not_agreed_on():
 
 async def test_a_message_with_buffers_passes_the_turn(url):
     """What is given back does not need it, and does not bring it."""
-    async with pair(url) as (user, owner), user.open_pool(100) as pool:
-        buffer = pool.allocate(100)
+
+    async def hand_over():
+        async with asyncio.timeout(PATIENCE):
+            buffer = await pool.allocate_when_room(100)
         buffer.data[:5] = b"hello"
         await user.send(b"", buffers=buffer)
         assert not user.has_turn
-        message = await receive(owner)
+        (theirs,) = (await receive(owner)).buffers
         assert owner.has_turn
-        (theirs,) = message.buffers
         assert bytes(theirs.data[:5]) == b"hello"
-        await owner.send(b"")
-        assert not owner.has_turn
-        theirs.free()  # out of turn
-        assert not owner.has_turn
+        return theirs
+
+    async with pair(url) as (user, owner), user.open_pool(100) as pool:
+        (await hand_over()).free()
+        async with asyncio.timeout(PATIENCE):
+            (await pool.allocate_when_room(100)).free()
+        assert owner.has_turn
+        assert not user.has_turn
+        await owner.send(Token())
         await receive(user)
-        assert user.has_turn
+        theirs = await hand_over()
+        await owner.send(b"")
+        theirs.free()  # out of turn
+        await receive(user)
         async with asyncio.timeout(PATIENCE):
             (await pool.allocate_when_room(100)).free()
         assert user.has_turn
