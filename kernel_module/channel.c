@@ -174,7 +174,6 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features)
 				   peer + PAGE_SIZE,
 				   peer + KUCOMMS_CONTROL_PAGES * PAGE_SIZE,
 				   ring_size);
-	channel->features = features;
 	if (features & KUCOMMS_FEATURE_POOLS) {
 		err = kucomms_pools_new(channel);
 		if (err)

@@ -159,8 +159,10 @@ static int ask_for_terms(struct kucomms_device *device,
 				PAGE_SIZE, options->max_ring_size);
 		terms->ring_size = roundup_pow_of_two(asked);
 		terms->flags = options->flags;
-		terms->features = options->flags & KUCOMMS_TURNS ?
-				  KUCOMMS_FEATURE_TURNS : 0;
+		/* Who listens decides on turns, and both on the others. */
+		terms->features &= ~KUCOMMS_FEATURE_TURNS;
+		if (options->flags & KUCOMMS_TURNS)
+			terms->features |= KUCOMMS_FEATURE_TURNS;
 		err = kucomms_endpoint_admits(device->endpoint, terms->wanted);
 		if (err >= 0 || err == -ENOENT)
 			err = 0;
