@@ -3,7 +3,7 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.table import Table
 from rich.text import Text
@@ -85,6 +85,13 @@ def faults_of(row, calls, instructions, most, rng):
             yield Fault(row, name, point)
 
 
+def _attempts(planned):
+    """How often a step waits depends on the survivor: it may be shorter than when surveyed."""
+    for attempt in range(3):
+        at_call = isinstance(planned.point, Call)
+        yield planned if at_call else replace(planned, point=max(1, planned.point >> attempt))
+
+
 @dataclass
 class Campaign:
     """Faults in all rows, at most ``most`` for each cell of the table."""
@@ -105,11 +112,11 @@ class Campaign:
             self.met |= {(n, c.name) for n in ERRNOS for c in calls if _may_give(row, c, n)}
             rng = random.Random(f"{self.seed} {row}")
             faults = list(faults_of(row, calls, instructions, self.most, rng))
-            for done, fault in enumerate(faults):
+            for done, planned in enumerate(faults):
                 progress(row, done, len(faults))
-                cell = (str(row), column(fault))
+                cell = (str(row), column(planned))
                 try:
-                    for _ in range(3):  # how often it waits depends on the survivor
+                    for fault in _attempts(planned):
                         reached = await injector.inject(fault)
                         if reached:
                             break

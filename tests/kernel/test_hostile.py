@@ -12,6 +12,7 @@ import errno
 import faulthandler
 import itertools
 import json
+import operator
 import os
 import random
 import select
@@ -59,6 +60,7 @@ LOOPS = ["asyncio"]  # what is tested is the kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 STORM_SECONDS = 3
+STORMS = 20
 RING = PAGE
 NOBODY = "hostile_nobody"
 
@@ -1022,29 +1024,45 @@ async def run_storm(storm, name, *arguments):
             process.stdout.close()
 
 
+async def run_storms(storm, name, mode):
+    """Storms until the module has closed a channel for it; on a slow machine chance takes long."""
+    total = (0, 0, 0, 0)
+    for storms in range(1, STORMS + 1):
+        seed = random.getrandbits(32)
+        found = await run_storm(storm, name, MODES[mode], STORM_SECONDS, seed)
+        total = tuple(map(operator.add, total, found))
+        _channels, broken, shut, _read = total
+        if broken or (mode == "states" and shut):
+            return storms, *total
+    pytest.fail(f"the module has found nothing wrong: {total}")
+
+
 @pytest.mark.asyncio
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in HARMLESS])
 async def test_everything_is_rewritten_all_the_time(storm, mode):
     """Also between the kernel's check and its use."""
+    before = counters()["protocol_errors"]
+    storms, channels, broken, shut, read = await run_storms(storm, "test", mode)
+    assert read > 0
+    assert broken <= counters()["protocol_errors"] - before <= channels
+    assert broken + shut >= channels - storms
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("mode", HARMLESS)
+async def test_what_is_the_peers_own_is_rewritten_all_the_time(storm, mode):
     before = counters()["protocol_errors"]
     found = await run_storm(storm, "test", MODES[mode], STORM_SECONDS, random.getrandbits(32))
     channels, broken, shut, read = found
     assert read > 0
-    errors = counters()["protocol_errors"] - before
-    if mode in HARMLESS:
-        assert (channels, broken, shut, errors) == (1, 0, 0, 0)
-    else:
-        assert broken <= errors <= channels
-        assert broken + shut >= channels - 1
-        assert broken > 0 or (mode == "states" and shut > 0)
+    assert (channels, broken, shut, counters()["protocol_errors"] - before) == (1, 0, 0, 0)
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("name", ["test_threads", "test_in_place"])
 async def test_other_endpoints_are_rewritten_all_the_time(storm, name):
     before = counters()["protocol_errors"]
-    found = await run_storm(storm, name, "a", STORM_SECONDS, random.getrandbits(32))
-    channels, broken, _shut, _read = found
+    _storms, channels, broken, _shut, _read = await run_storms(storm, name, "all")
     assert 0 < broken <= counters()["protocol_errors"] - before <= channels
 
 

@@ -448,4 +448,5 @@ async def test_an_idle_link_wakes_nobody(tutorial):
         await asyncio.sleep(2)  # time is the subject
         assert switches(thread) == before
         await echo(link, 2)
+        await asyncio.to_thread(asleep, thread)  # it answers first
         assert switches(thread)[0] > before[0]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tests of the pool run with both engines, where the machine allows both."""
 
+import asyncio
 import ctypes
 import gc
 import os
@@ -27,6 +28,20 @@ ENGINES = ["io_uring", "threads"] if _io_uring_works() else ["threads"]
 def engine(request, monkeypatch):
     monkeypatch.setenv("KUCOMMS_IO", request.param)
     return request.param
+
+
+@pytest.fixture
+def pipe():
+    read, write = os.pipe()
+    yield read, write
+    os.close(read)
+    os.close(write)
+
+
+async def turns(number=20):
+    """Let others do what they can do without waiting."""
+    for _ in range(number):
+        await asyncio.sleep(0)
 
 
 def of_pools(*names):

@@ -200,7 +200,9 @@ async def test_no_buffers_and_too_many(pool, file):
 async def test_o_direct_says_what_it_wants(pool, tmp_path):
     try:
         fd = os.open(tmp_path / "direct", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what a file system without it says
+            raise
         pytest.skip("no O_DIRECT here")
     with pool.allocate(PAGE) as buffer:
         assert await pool.write(fd, buffer, 0) == PAGE

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Copies of files are identical, of whatever size, by both engines, buffered and O_DIRECT."""
 
+import errno
 import filecmp
 import os
 import random
@@ -34,7 +35,9 @@ def test_copies_are_identical(engine, source, size, how, tmp_path):
     if how == "direct":
         try:
             os.close(os.open(source, os.O_RDONLY | os.O_DIRECT))
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what a file system without it says
+                raise
             pytest.skip("no O_DIRECT here")
         arguments.append("--direct")
     result = subprocess.run(

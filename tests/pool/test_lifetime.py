@@ -18,25 +18,12 @@ import uvloop
 
 import kucomms
 from kucomms import ClosedError, Completion, PoolFull, UsageError, open_pool
-from tests.pool.conftest import of_pools
+from tests.pool.conftest import of_pools, turns
 from tests.transports.processes import in_child
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("engine")]
 
 PAGE = mmap.PAGESIZE
-
-
-@pytest.fixture
-def pipe():
-    read, write = os.pipe()
-    yield read, write
-    for fd in (read, write):
-        os.close(fd)
-
-
-async def turns(number=20):
-    for _ in range(number):
-        await asyncio.sleep(0)
 
 
 async def nothing_in_flight(pool):

@@ -13,6 +13,7 @@ from itertools import pairwise
 import pytest
 
 from kucomms import Completion, UsageError, open_pool
+from tests.pool.conftest import turns
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("engine")]
 
@@ -20,23 +21,9 @@ PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture
-def pipe():
-    read, write = os.pipe()
-    yield read, write
-    os.close(read)
-    os.close(write)
-
-
-@pytest.fixture
 def file(tmp_path):
     with open(tmp_path / "file", "w+b", buffering=0) as opened:
         yield opened
-
-
-async def turns(number=20):
-    """Let others do what they can do without waiting."""
-    for _ in range(number):
-        await asyncio.sleep(0)
 
 
 async def test_the_engine_is_the_one_asked_for(engine):
