@@ -496,6 +496,9 @@ static int look_ahead(struct kucomms_channel *channel)
 	if (err == -EAGAIN && kucomms_ring_park_for_data(&ahead))
 		err = 0;
 	channel->rx.parked = ahead.parked;
+	/* The next look begins at pools->ahead: what was seen up to there stays seen. */
+	channel->rx.available = ahead.available;
+	channel->rx.all_seen = ahead.all_seen;
 	return err;
 }
 

@@ -566,7 +566,7 @@ async def test_we_know_no_turns(monkeypatch):
     record = shm._record
 
     def without(step, **fields):
-        return record(step, **fields, **({"features": 0} if step == raw_peer.HELLO else {}))
+        return record(step, **(fields | {"features": 0} if step == raw_peer.HELLO else fields))
 
     url = f"shm://{new_name()}"
     async with listening(url):
