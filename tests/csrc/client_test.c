@@ -822,7 +822,7 @@ static const struct mistake mistakes[] = {
 	{ AT(magic) + 7, 1, -EPROTO },
 	{ AT(version), 2, -EPROTONOSUPPORT },
 	{ AT(step), 4, -EPROTO },
-	{ AT(features), 2, -EPROTONOSUPPORT },
+	{ AT(features), 4, -EPROTONOSUPPORT },
 	{ AT(features) + 7, 1, -EPROTONOSUPPORT },
 	{ AT(flags), 4, -EPROTO },
 	{ AT(flags) + 3, 128, -EPROTO },
@@ -1218,7 +1218,7 @@ static void test_turns_unknown(void)
 	CHECK(recv(fd, &record, sizeof(record), MSG_WAITALL) ==
 	      (ssize_t)sizeof(record));
 	CHECK(record.status == KUCOMMS_REFUSED_VERSION);
-	CHECK(record.features == KUCOMMS_FEATURES);
+	CHECK(record.features == KUCOMMS_CLIENT_FEATURES);
 	close(fd);
 	kucomms_listener_close(&listener);
 }

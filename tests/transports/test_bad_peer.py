@@ -168,6 +168,7 @@ def attaches_with(**wrong):
 WRONG_GEOMETRY = [
     {"magic": 0},
     {"version": 2},
+    {"features": 4},
     {"features": 2},
     {"features": 1},
     {"side": 7},
@@ -427,7 +428,7 @@ BAD_LISTENERS = {
     "garbage": (setup_with(raw=b"\xff" * 112), ProtocolError),
     "magic": (setup_with(magic=1), ProtocolError),
     "version": (setup_with(version=2), VersionError),
-    "features": (setup_with(features=2), VersionError),
+    "features": (setup_with(features=4), VersionError),
     "refused_version": (refuses_with(REFUSED_VERSION), VersionError),
     "refused_memory": (refuses_with(REFUSED_MEMORY), TransportError),
     "refused_user": (refuses_with(REFUSED_USER), TransportError),
@@ -461,7 +462,7 @@ BAD_LISTENERS = {
         f"geometry_{label(wrong)}": (
             setup_with_geometry(**wrong),
             # one that we know, and that was not agreed on, is no matter of versions
-            VersionError if "version" in wrong or wrong.get("features") == 2 else ProtocolError,
+            VersionError if "version" in wrong or wrong.get("features") == 4 else ProtocolError,
         )
         for wrong in WRONG_GEOMETRY
     },

@@ -94,14 +94,15 @@
 #define KUCOMMS_LOCK_MS		5000		/* for others to take a name */
 #define KUCOMMS_UNLISTEN_MS	20		/* the same, for who gives one up */
 
+/* C programs do not know pools: messages to and from them hand over no buffers. */
+#define KUCOMMS_CLIENT_FEATURES	(KUCOMMS_FEATURES & ~KUCOMMS_FEATURE_POOLS)
+
 /* Older C libraries lack these. */
 #ifdef SO_PEERPIDFD
 #define KUCOMMS_SO_PEERPIDFD	SO_PEERPIDFD
 #else
 #define KUCOMMS_SO_PEERPIDFD	77
 #endif
-/* C programs do not know pools: messages to and from them hand over no buffers. */
-#define KUCOMMS_CLIENT_FEATURES	(KUCOMMS_FEATURES & ~KUCOMMS_FEATURE_POOLS)
 #ifdef SYS_pidfd_open
 #define KUCOMMS_SYS_PIDFD_OPEN	SYS_pidfd_open
 #else
@@ -620,8 +621,9 @@ static inline int kucomms_record_receive(struct kucomms_client *client,
 	if (record->step != step || record->pool ||
 	    record->hello_length > KUCOMMS_HELLO_MAX)
 		return -EPROTO;
+	/* Who greets, or refuses, says what it knows; else it is what is in force. */
 	if (record->features & ~KUCOMMS_FEATURES ||
-	    (step != KUCOMMS_STEP_HELLO &&
+	    (step != KUCOMMS_STEP_HELLO && !record->status &&
 	     record->features & ~KUCOMMS_CLIENT_FEATURES))
 		return -EPROTONOSUPPORT;
 	if (step == KUCOMMS_STEP_HELLO)	/* we know no eventfds: say no more */
