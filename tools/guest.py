@@ -7,6 +7,7 @@ that reports a fault fails the run, whatever the command's exit code.
 """
 
 import contextlib
+import fcntl
 import filecmp
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -165,9 +166,24 @@ def sync(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for others that build there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build(kernel: Kernel, log: Path) -> Path:
     """Build the modules for a kernel; return the directory. ``click.ClickException``: it failed."""
     tree = ROOT / "build" / "kernel" / kernel.version
+    with locked(tree.parent / f"{kernel.version}.lock"):
+        return build_in(tree, kernel, log)
+
+
+def build_in(tree: Path, kernel: Kernel, log: Path) -> Path:
+    """As build(), in this directory."""
     for source in SOURCES:
         if (ROOT / source).is_dir():
             sync(ROOT / source, tree / source)

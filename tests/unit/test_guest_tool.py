@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The parts of tools/guest.py that need no guest, and what tests/kernel/log.py calls a fault."""
 
+import fcntl
 import os
 
 import click
@@ -398,3 +399,11 @@ def test_a_kernel_that_dies_under_the_command_is_not_booted_again(tmp_path, monk
     assert not verdict.ok
     assert verdict.boots == 1
     assert len(verdict.findings) == 1
+
+
+def test_one_build_of_a_kernel_at_a_time(tmp_path):
+    path = tmp_path / "kernel" / "6.12.lock"
+    with guest.locked(path), path.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
