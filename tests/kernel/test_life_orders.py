@@ -162,7 +162,7 @@ def test_a_foreign_version_is_told_ours(tutorial):
             with pytest.raises(OSError) as failure:  # noqa: PT011
                 raw.setup(**wrong)
             assert failure.value.errno == errno.EPROTONOSUPPORT
-            assert struct.unpack_from("<I4xQ", failure.value.argument) == (1, 0)
+            assert struct.unpack_from("<I4xQ", failure.value.argument) == (1, 3)  # turns, pools
         raw.setup()
 
 
