@@ -289,6 +289,11 @@ def counters():
     return _counts(DEBUG / "alive")
 
 
+def alive():
+    """Those that come back to what they were: the others count what has happened."""
+    return {what: count for what, count in counters().items() if what != "protocol_errors"}
+
+
 def channel_counters(name):
     """Those of the only channel of a device."""
     (path,) = DEBUG.glob(f"kucomms_{name}.*")

@@ -42,6 +42,7 @@ from tests.kernel.raw_device import (
     PAGE,
     PATIENCE,
     RawDevice,
+    alive,
     counters,
     open_device,
     set_up,
@@ -90,9 +91,9 @@ def main_module(load, unload):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(main_module):
-    before = counters()
+    before = alive()
     yield
-    asyncio.run(until(lambda: counters() == before))
+    asyncio.run(until(lambda: alive() == before))
 
 
 @contextmanager

@@ -46,6 +46,8 @@ __all__ = ["client", "main_module", "module", "nothing_is_left"]  # fixtures
 
 pytestmark = pytest.mark.asyncio
 
+FEATURES = 3
+"""All that the module knows."""
 TURNS = 8
 """The flag of an endpoint's options."""
 PERM = -errno.EPERM
@@ -268,7 +270,7 @@ async def test_a_user_that_knows_no_turns(simple):
     """He is told what he would have to know, and can try again."""
     fd = open_device("kup")
     number, told = set_up(fd, features=0)
-    assert (number, told.version, told.features) == (errno.EPROTONOSUPPORT, 1, TURNS_FEATURE)
+    assert (number, told.version, told.features) == (errno.EPROTONOSUPPORT, 1, FEATURES)
     assert told.side_size == 0
     number, told = set_up(fd, features=TURNS_FEATURE)
     assert (number, told.features) == (0, TURNS_FEATURE)
