@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import math
 import mmap
 import os
 import random
@@ -1078,6 +1079,25 @@ async def test_python_hands_over_and_gets_back(name):
         async with asyncio.timeout(PATIENCE):
             (await pool.allocate_when_room(8 * PAGE)).free()
         assert pool.statistics().handed_over == 0
+
+
+@pytest.mark.asyncio
+async def test_a_mebibyte_costs_what_64_bytes_cost(capsys):
+    """There and back; the least of many, taken in turn: what else runs only adds to that."""
+    sizes = 64, 1 << 20
+    least = dict.fromkeys(sizes, math.inf)
+    async with connect() as link, link.open_pool(4 << 20) as pool:
+        for _ in range(100):
+            for size in sizes:
+                begin = time.perf_counter()
+                for _ in range(10):
+                    await link.send(b"", type=Do.ECHO, buffers=pool.allocate(size))
+                    (await next_message(link)).buffers[0].free()
+                least[size] = min(least[size], time.perf_counter() - begin)
+    small, large = least.values()
+    with capsys.disabled():
+        print(f"\nbuffers there and back: 64 B {small * 1e5:.0f} us, 1 MiB {large / small:.2f} x")
+    assert large <= 1.2 * small
 
 
 @pytest.mark.asyncio
