@@ -177,6 +177,7 @@ static void our_call(const struct operation *operation)
 		if (s.has_view && !s.pinned[slot] &&
 		    s.view.kind == KUCOMMS_KIND_MESSAGE) {
 			s.has_view = 0;
+			s.ours = s.turns;
 			s.received++;
 			s.bytes += s.view.length;
 			s.pinned[slot] = 1;
