@@ -27,9 +27,9 @@ guests=
 mkdir -p build
 trap 'stop_guests; exit 130' INT TERM
 trap stop_guests EXIT
-start_guests first tests/kernel/test_[a-k]*.py
+start_guests first tests/kernel/test_[a-l]*.py
 "$BIN/python" -m pytest --durations=15
-start_guests second tests/kernel/test_[l-z]*.py
+start_guests second tests/kernel/test_[m-z]*.py
 echo "waiting for the guests, which write to build/guests-*.output"
 status=0
 for pid in $guests; do
