@@ -8,6 +8,7 @@ import struct
 import time
 
 from tests.kernel.raw_device import (
+    BUSY,
     HEADER,
     PAGE,
     PATIENCE,
@@ -149,11 +150,11 @@ class PoolDevice(RawDevice):
     def next_frame(self):
         """The next that comes, waiting for it."""
         give_up = time.monotonic() + PATIENCE
-        while self.available == self.consumed:
+        at = self.consumed % self.ring_size
+        while self.available == self.consumed or self._control(at) >> 32 & BUSY:
             assert time.monotonic() < give_up
             assert not self.poll(timeout=0)
             os.sched_yield()
-        at = self.consumed % self.ring_size
         data = ctypes.string_at(self.kernel + 3 * PAGE, self.ring_size)
         data = (data[at:] + data[:at])[: self.available - self.consumed]
         control, *header = struct.unpack("<4Q", data[:HEADER])
@@ -162,6 +163,9 @@ class PoolDevice(RawDevice):
         # The kernel may wait for the room: as one who has parked would be rung for.
         self.kick()
         return Frame(control, *header, data[HEADER : HEADER + length])
+
+    def _control(self, at):
+        return ctypes.c_uint64.from_address(self.kernel + 3 * PAGE + at).value
 
     def message(self):
         """The next that is no notice and no news, and what came before it."""
