@@ -82,11 +82,11 @@ class PeerPool(Pool):
     """A pool in which the peer allocates, and of which we have what it handed over."""
 
     def __init__(self, shared: LinkPools, number: int, memory: PoolMemory) -> None:
+        # a byte for each page that is here; the peer must not hand it over again
+        self._held = bytearray(memory.size // PAGE)  # first: it may be too much
         super().__init__(memory, memory.size)
         self._shared = shared
         self._number = number
-        # a byte for each page that is here; the peer must not hand it over again
-        self._held = bytearray(memory.size // PAGE)
         self._owner_closed = False
         self._collects_soon = False
 
@@ -339,8 +339,11 @@ class LinkPools:
             return errno.ENOBUFS
         if self._link.closed:
             return errno.ENOTCONN
+        try:
+            pool = self._theirs[number] = PeerPool(self, number, memory)
+        except MemoryError:
+            return errno.ENOMEM
         self._their_next = number + 2
-        pool = self._theirs[number] = PeerPool(self, number, memory)
         self._link._endpoint._adopt_pool(self._link, pool)
         return 0
 

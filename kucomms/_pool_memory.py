@@ -19,6 +19,8 @@ __all__ = ["PAGE", "PoolMemory", "check_room", "new_memory"]
 PAGE = mmap.PAGESIZE
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_BLOCK = 512
+"""Bytes of what ``st_blocks`` counts."""
 _PIECE = 1 << 20
 """Bytes that are allocated in one turn of the loop: about a millisecond's worth."""
 
@@ -51,14 +53,21 @@ class PoolMemory:
 
     @classmethod
     def passed(cls, fd: int, size: int) -> PoolMemory:
-        """A memfd that somebody else has made. Raises ValueError when it is not that."""
+        """A memfd that somebody else has made.
+
+        Raises ValueError when it is not that, OSError (ENOMEM) when it is not all there.
+        """
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError:  # only memory has such
             seals = 0
         # Without them the peer could cut it off under us, which is a SIGBUS.
-        if seals & _SEALS != _SEALS or os.fstat(fd).st_size != size:
+        status = os.fstat(fd)
+        if seals & _SEALS != _SEALS or status.st_size != size:
             raise ValueError("not the sealed memory that was announced")
+        # A hole costs the peer nothing, and us what we keep for each page, or touch.
+        if status.st_blocks * _BLOCK < size:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return cls(fd, size)
 
     def allocate(self, offset: int, length: int) -> None:
