@@ -11,6 +11,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from kucomms import _core
 from kucomms._core import (
     CARRIED_MAX,
     FLAG_NOTICE,
@@ -63,8 +64,11 @@ class _NoEngine(Engine):
         pool = self._pool
         try:
             pool._engine = open_engine(pool._memory, pool._complete)
-        except BaseException:
+        except BaseException as error:
             pool._take_out(transfer)
+            if isinstance(error, OSError):
+                what = "cannot begin transfers with a pool of the peer's"
+                raise _core.os_error(error.errno or 0, what, error.strerror) from error
             raise
         pool._engine.start(transfer)
 
@@ -268,7 +272,7 @@ class LinkPools:
     # ---- pools --------------------------------------------------------------
 
     async def open(self, size: int, quota: int) -> Pool:
-        """A pool of ours. Raises the link's error when that ends, TransportError."""
+        """A pool of ours. Raises the link's error when that ends, OSError."""
         if len(self._ours) + self._opening >= POOLS_MAX:
             raise TransportError(
                 errno.EMFILE, f"{self._link.url}: a side has {POOLS_MAX} pools at most; close one"

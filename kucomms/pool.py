@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from operator import index
 from socket import SOCK_DGRAM, SOCK_SEQPACKET, socket
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kucomms import _core
 from kucomms._extents import Extents
-from kucomms._pool_memory import PAGE, PoolMemory, new_memory
+from kucomms._once import Once
+from kucomms._pool_memory import PAGE, PoolMemory, new_memory, pool_error
 from kucomms._queue import TaskTicket
 from kucomms._receiver import Receiver
 from kucomms.exceptions import ClosedError, KucommsError, PoolFull, UsageError
@@ -144,12 +144,7 @@ class Buffer:
     def __enter__(self) -> Buffer:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, exc: BaseException | None, *__: object) -> None:
         """As ``free``, but for the BufferError when there is an exception already."""
         try:
             self.free()
@@ -676,12 +671,7 @@ class Pool:
         """Closed at the end of the block."""
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """As ``aclose``."""
         await self.aclose()
 
@@ -775,7 +765,7 @@ class Pool:
         return ClosedError("this pool was closed here; open another one to go on")
 
 
-class Opening:
+class Opening(Once[Pool]):
     """What ``open_pool`` returns: to be awaited, or entered, once."""
 
     def __init__(self, size: int, quota: int | None, link: Link | None = None) -> None:
@@ -789,20 +779,21 @@ class Opening:
             )
         self._link = link
 
-    def __await__(self) -> Any:
-        """Open it; closing is left to ``pool.aclose()``."""
-        return self._open().__await__()
-
     async def _open(self) -> Pool:
         link = self._link
-        if link is not None and link._connection.carries_buffers:
-            return await link._link_pools().open(self._size, self._quota)
-        memory = await new_memory(self._size)
         try:
-            pool = Pool(memory, self._quota)
-        except BaseException:
-            memory.close()
+            if link is not None and link._connection.carries_buffers:
+                return await link._link_pools().open(self._size, self._quota)
+            memory = await new_memory(self._size)
+            try:
+                pool = Pool(memory, self._quota)
+            except BaseException:
+                memory.close()
+                raise
+        except KucommsError:
             raise
+        except OSError as error:
+            raise pool_error(error, self._size, "" if link is None else link.url) from error
         if link is not None:
             try:
                 link._endpoint._adopt_pool(link, pool)
@@ -811,17 +802,8 @@ class Opening:
                 raise
         return pool
 
-    async def __aenter__(self) -> Pool:
-        self._pool = await self._open()
-        return self._pool
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._pool.aclose()
+    async def _close(self, opened: Pool) -> None:
+        await opened.aclose()
 
 
 def open_pool(size: int, *, quota: int | None = None) -> Opening:

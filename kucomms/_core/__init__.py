@@ -119,13 +119,13 @@ _REMEDIES = {
 }
 
 
-def os_error(number: int, what: str) -> TransportError:
+def os_error(number: int, what: str, why: str | None = None) -> TransportError:
     """The error for errno ``number``; ``what`` says to which URL, and what to do.
 
-    What is always the same to do is added here.
+    ``why``: if known better than by its number. What is always the same to do is added here.
     """
     remedy = f"; {_REMEDIES[number]}" if number in _REMEDIES else ""
-    return TransportError(number, f"{what}: {os.strerror(number)}{remedy}")
+    return TransportError(number, f"{what}: {why or os.strerror(number)}{remedy}")
 
 
 def ring_size_for(asked: int) -> int:

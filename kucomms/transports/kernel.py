@@ -115,14 +115,7 @@ class KernelConnection(Connection):
         check_room(size)
         # A large one takes a while, and the link may be closed meanwhile.
         device = os.dup(self._fd)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                None, _open_pool, device, size
-            )
-        except OSError as error:
-            raise _core.os_error(
-                error.errno or 0, f"{self.url}: the kernel has no pool of {size} bytes"
-            ) from error
+        return await asyncio.get_running_loop().run_in_executor(None, _open_pool, device, size)
 
     def close_pool(self, number: int) -> bool:
         """See ``Connection.close_pool``."""
