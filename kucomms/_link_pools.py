@@ -271,14 +271,14 @@ class LinkPools:
 
     # ---- pools --------------------------------------------------------------
 
-    async def open(self, size: int, quota: int) -> Pool:
+    async def open(self, size: int, quota: int, contiguous: bool) -> Pool:
         """A pool of ours. Raises the link's error when that ends, OSError."""
         if len(self._ours) + self._opening >= POOLS_MAX:
             raise TransportError(
                 errno.EMFILE, f"{self._link.url}: a side has {POOLS_MAX} pools at most; close one"
             )
         self._opening += 1
-        opening = asyncio.ensure_future(self._connection.open_pool(size))
+        opening = asyncio.ensure_future(self._connection.open_pool(size, contiguous))
         opening.add_done_callback(self._opened)
         try:
             number, memory = await asyncio.shield(opening)

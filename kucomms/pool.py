@@ -89,6 +89,8 @@ class Buffer:
     """Bytes of a pool; from ``Pool.allocate``, or handed over by a peer with a message.
 
     A context manager, which frees it. It begins at the start of a page. It is not zeroed.
+    ``buffer.data[:5] = b"hello"`` writes to it. It is no memoryview itself: that could not
+    tell when it is freed or handed over, and be used although the bytes are somebody else's.
     """
 
     __slots__ = ("__weakref__", "_block", "_gone", "_length", "_pool")
@@ -768,7 +770,14 @@ class Pool:
 class Opening(Once[Pool]):
     """What ``open_pool`` returns: to be awaited, or entered, once."""
 
-    def __init__(self, size: int, quota: int | None, link: Link | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        quota: int | None,
+        link: Link | None = None,
+        *,
+        contiguous: bool = False,
+    ) -> None:
         if index(size) < 1:
             raise ValueError(f"a pool has at least 1 byte, not {size}")
         self._size = -(-size // PAGE) * PAGE
@@ -778,12 +787,13 @@ class Opening(Once[Pool]):
                 f"the quota of a pool of {self._size} bytes is from {PAGE} to that, not {quota}"
             )
         self._link = link
+        self._contiguous = contiguous
 
     async def _open(self) -> Pool:
         link = self._link
         try:
             if link is not None and link._connection.carries_buffers:
-                return await link._link_pools().open(self._size, self._quota)
+                return await link._link_pools().open(self._size, self._quota, self._contiguous)
             memory = await new_memory(self._size)
             try:
                 pool = Pool(memory, self._quota)

@@ -339,10 +339,11 @@ def ioctl_setup(fd: int, setup: Any) -> int:
     return int(lib.setup_ioctl(fd, setup))
 
 
-def ioctl_open_pool(fd: int, size: int) -> tuple[int, int]:
+def ioctl_open_pool(fd: int, size: int, *, contiguous: bool) -> tuple[int, int]:
     """Have the kernel open a pool. Its number, and where to map it. Raises OSError."""
+    flags = lib.KUCOMMS_POOL_CONTIGUOUS if contiguous else 0
     number, offset = _ffi.new("uint32_t *"), _ffi.new("uint64_t *")
-    err = int(lib.setup_open_pool(fd, size, number, offset))
+    err = int(lib.setup_open_pool(fd, size, flags, number, offset))
     if err:
         raise OSError(err, os.strerror(err))
     return int(number[0]), int(offset[0])

@@ -101,6 +101,13 @@ async def test_no_descriptors_for_transfers_with_the_peers_pool(scheme, pipe, mo
             assert await buffer.pool.read(pipe[0], buffer) == 1
 
 
+async def test_contiguous_memory_is_the_kernels(scheme):
+    """(How it is had: kernel/test_pool.py.)"""
+    async with linked(scheme) as (link, _other):
+        with pytest.raises(UsageError, match=f"{link.url}: .* kernel://"):
+            link.open_pool(PAGE, contiguous=True)
+
+
 async def test_opened_once():
     opening = kucomms.open_pool(PAGE)
     async with opening as pool:
