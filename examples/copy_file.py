@@ -75,7 +75,10 @@ def main() -> int:
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     try:
         source = os.open(arguments.source, os.O_RDONLY | flags)
-        target = os.open(arguments.target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o666)
+        target = os.open(arguments.target, os.O_WRONLY | os.O_CREAT | flags, 0o666)
+        if os.path.sameopenfile(source, target):
+            raise OSError(f"{arguments.source} and {arguments.target} are the same file")
+        os.ftruncate(target, 0)  # not before that was known
         size = os.fstat(source).st_size
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             engine = kucomms.run(

@@ -11,6 +11,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from kucomms import _core
 from kucomms._core import (
     CARRIED_MAX,
     FLAG_NOTICE,
@@ -63,8 +64,11 @@ class _NoEngine(Engine):
         pool = self._pool
         try:
             pool._engine = open_engine(pool._memory, pool._complete)
-        except BaseException:
+        except BaseException as error:
             pool._take_out(transfer)
+            if isinstance(error, OSError):
+                what = "cannot begin transfers with a pool of the peer's"
+                raise _core.os_error(error.errno or 0, what, error.strerror) from error
             raise
         pool._engine.start(transfer)
 
@@ -82,11 +86,11 @@ class PeerPool(Pool):
     """A pool in which the peer allocates, and of which we have what it handed over."""
 
     def __init__(self, shared: LinkPools, number: int, memory: PoolMemory) -> None:
+        # a byte for each page that is here; the peer must not hand it over again
+        self._held = bytearray(memory.size // PAGE)  # first: it may be too much
         super().__init__(memory, memory.size)
         self._shared = shared
         self._number = number
-        # a byte for each page that is here; the peer must not hand it over again
-        self._held = bytearray(memory.size // PAGE)
         self._owner_closed = False
         self._collects_soon = False
 
@@ -267,14 +271,14 @@ class LinkPools:
 
     # ---- pools --------------------------------------------------------------
 
-    async def open(self, size: int, quota: int) -> Pool:
-        """A pool of ours. Raises the link's error when that ends, TransportError."""
+    async def open(self, size: int, quota: int, contiguous: bool) -> Pool:
+        """A pool of ours. Raises the link's error when that ends, OSError."""
         if len(self._ours) + self._opening >= POOLS_MAX:
             raise TransportError(
                 errno.EMFILE, f"{self._link.url}: a side has {POOLS_MAX} pools at most; close one"
             )
         self._opening += 1
-        opening = asyncio.ensure_future(self._connection.open_pool(size))
+        opening = asyncio.ensure_future(self._connection.open_pool(size, contiguous))
         opening.add_done_callback(self._opened)
         try:
             number, memory = await asyncio.shield(opening)
@@ -339,8 +343,11 @@ class LinkPools:
             return errno.ENOBUFS
         if self._link.closed:
             return errno.ENOTCONN
+        try:
+            pool = self._theirs[number] = PeerPool(self, number, memory)
+        except MemoryError:
+            return errno.ENOMEM
         self._their_next = number + 2
-        pool = self._theirs[number] = PeerPool(self, number, memory)
         self._link._endpoint._adopt_pool(self._link, pool)
         return 0
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from kucomms import _core
 from kucomms.exceptions import TransportError
 
-__all__ = ["PAGE", "PoolMemory", "check_room", "new_memory"]
+__all__ = ["PAGE", "PoolMemory", "check_room", "new_memory", "pool_error"]
 
 PAGE = mmap.PAGESIZE
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_BLOCK = 512
+"""Bytes of what ``st_blocks`` counts."""
 _PIECE = 1 << 20
 """Bytes that are allocated in one turn of the loop: about a millisecond's worth."""
 
@@ -51,14 +53,21 @@ class PoolMemory:
 
     @classmethod
     def passed(cls, fd: int, size: int) -> PoolMemory:
-        """A memfd that somebody else has made. Raises ValueError when it is not that."""
+        """A memfd that somebody else has made.
+
+        Raises ValueError when it is not that, OSError (ENOMEM) when it is not all there.
+        """
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError:  # only memory has such
             seals = 0
         # Without them the peer could cut it off under us, which is a SIGBUS.
-        if seals & _SEALS != _SEALS or os.fstat(fd).st_size != size:
+        status = os.fstat(fd)
+        if seals & _SEALS != _SEALS or status.st_size != size:
             raise ValueError("not the sealed memory that was announced")
+        # A hole costs the peer nothing, and us what we keep for each page, or touch.
+        if status.st_blocks * _BLOCK < size:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return cls(fd, size)
 
     def allocate(self, offset: int, length: int) -> None:
@@ -92,40 +101,39 @@ class PoolMemory:
 async def new_memory(size: int) -> PoolMemory:
     """Memory of so many bytes, a multiple of ``PAGE``, and really there.
 
-    Raises TransportError (ENOMEM) when the machine, or the cgroup, has no room for it.
+    Raises OSError; ENOMEM when the machine, or the cgroup, has no room for it.
     """
     check_room(size)
+    memory = PoolMemory.create(size)
     try:
-        memory = PoolMemory.create(size)
-        try:
-            for at in range(0, size, _PIECE):
-                if at:
-                    await asyncio.sleep(0)
-                memory.allocate(at, min(_PIECE, size - at))
-            return memory
-        except BaseException:
-            memory.close()
-            raise
-    except OSError as error:
-        raise _core.os_error(
-            error.errno or 0, f"no {size} bytes of memory for a pool; ask for fewer"
-        ) from error
+        for at in range(0, size, _PIECE):
+            if at:
+                await asyncio.sleep(0)
+            memory.allocate(at, min(_PIECE, size - at))
+        return memory
+    except BaseException:
+        memory.close()
+        raise
 
 
 def check_room(size: int) -> None:
     """The kernel would allocate until it has to kill somebody, so ask before.
 
-    Raises TransportError.
+    Raises OSError.
     """
     room, whose = min(
         (_room_of_machine(), "this machine"), (_room_of_cgroup(), "this process's cgroup")
     )
     if size > room:
-        raise TransportError(
-            errno.ENOMEM,
-            f"a pool of {size} bytes does not fit: {whose} has {room} bytes of memory left; "
-            "ask for fewer",
-        )
+        raise OSError(errno.ENOMEM, f"{whose} has {room} bytes of memory left")
+
+
+def pool_error(error: OSError, size: int, url: str = "") -> TransportError:
+    """What is raised when there is no pool of ``size`` bytes (for this link)."""
+    number = error.errno or 0
+    advice = "; ask for fewer" if number == errno.ENOMEM else ""
+    what = f"{url and url + ': '}cannot open a pool of {size} bytes{advice}"
+    return _core.os_error(number, what, error.strerror)
 
 
 def _room_of_machine() -> int:

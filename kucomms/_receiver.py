@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 from socket import socket
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kucomms import _core
@@ -65,12 +64,7 @@ class Receiver:
     def __enter__(self) -> Receiver:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """As ``close``."""
         self.close()
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextvars import ContextVar
 from functools import partial
 from time import monotonic
-from types import CoroutineType, TracebackType, coroutine
+from types import CoroutineType, coroutine
 from typing import Any, TypeVar, overload
 
 import structlog
@@ -31,6 +31,7 @@ import structlog
 from kucomms import _core, transports
 from kucomms._core import MORE, OK, PAUSE
 from kucomms._log_limit import LogLimit
+from kucomms._once import Once
 from kucomms.exceptions import (
     ClosedError,
     KucommsError,
@@ -296,12 +297,7 @@ class Endpoint:
         self._runner = self._loop.create_task(self._run(), name=f"kucomms {self.name}")
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """As ``aclose``."""
         await self.aclose()
 
@@ -1085,17 +1081,13 @@ def _check_hello(hello: bytes) -> bytes:
     return bytes(hello)
 
 
-class Connecting:
+class Connecting(Once[Link]):
     """What ``kucomms.connect`` returns: to be awaited, or entered, once."""
 
     def __init__(self, url: str, endpoint_options: dict[str, Any], options: dict[str, Any]) -> None:
         self._url = url
         self._options = options
         self._endpoint = Endpoint(url, **endpoint_options)
-
-    def __await__(self) -> Any:
-        """Connect; closing the link ends what is behind it."""
-        return self._open().__await__()
 
     async def _open(self) -> Link:
         endpoint = self._endpoint
@@ -1108,16 +1100,7 @@ class Connecting:
         endpoint._ends_with_its_link = True
         return link
 
-    async def __aenter__(self) -> Link:
-        self._link = await self._open()
-        return self._link
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def _close(self, opened: Link) -> None:
         await self._endpoint.aclose()
 
 

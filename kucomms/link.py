@@ -513,8 +513,8 @@ class Link:
             )
         if not self._connection.carries_buffers:
             raise UsageError(
-                f"{self._url}: buffers cannot be handed over this link; that takes a peer that "
-                "knows how (no C program), and over shm:// one of the same user"
+                f"{self._url}: buffers cannot be handed over this link; that takes inproc://, "
+                "kernel://, or shm:// with a Python program of the same user"
             )
         return partial(self._link_pools().send, given, flags), CARRIED_SIZE * len(given)
 
@@ -915,15 +915,31 @@ class Link:
 
     # ---- memory -------------------------------------------------------------
 
-    def open_pool(self, size: int, *, quota: int | None = None) -> Opening:
+    def open_pool(
+        self, size: int, *, quota: int | None = None, contiguous: bool = False
+    ) -> Opening:
         """As ``kucomms.open_pool``; this pool is closed with the link, if not before.
 
         Its buffers can be handed to the peer, see ``send``, which maps the pool as well, and
-        can write to all of it. That takes a peer that knows how: over shm:// one of the same
-        user, and no C program; with others the pool is for transfers only.
+        can write to all of it. That takes a peer that knows how: over kernel:// and inproc://
+        each does; over shm:// one of the same user, and no C program. With others the pool is
+        for transfers only.
+
+        ``contiguous``: in one piece of physical memory, over kernel:// only. ValueError for
+        more than 4 MiB.
         """
         self._check_thread()
-        return Opening(size, quota, self)
+        most = self._connection.contiguous_max
+        if contiguous and not most:
+            raise UsageError(
+                f"{self._url}: no contiguous memory over this link; only the kernel has it: open "
+                "the pool of a kernel:// link, or leave contiguous=True out"
+            )
+        if contiguous and size > most:
+            raise ValueError(
+                f"{self._url}: a contiguous pool has {most} bytes at most, not {size}; open several"
+            )
+        return Opening(size, quota, self, contiguous=contiguous)
 
     def _link_pools(self) -> LinkPools:
         """The keeper of this link's pools."""

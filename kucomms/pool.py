@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from operator import index
 from socket import SOCK_DGRAM, SOCK_SEQPACKET, socket
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kucomms import _core
 from kucomms._extents import Extents
-from kucomms._pool_memory import PAGE, PoolMemory, new_memory
+from kucomms._once import Once
+from kucomms._pool_memory import PAGE, PoolMemory, new_memory, pool_error
 from kucomms._queue import TaskTicket
 from kucomms._receiver import Receiver
 from kucomms.exceptions import ClosedError, KucommsError, PoolFull, UsageError
@@ -89,6 +89,8 @@ class Buffer:
     """Bytes of a pool; from ``Pool.allocate``, or handed over by a peer with a message.
 
     A context manager, which frees it. It begins at the start of a page. It is not zeroed.
+    ``buffer.data[:5] = b"hello"`` writes to it. It is no memoryview itself: that could not
+    tell when it is freed or handed over, and be used although the bytes are somebody else's.
     """
 
     __slots__ = ("__weakref__", "_block", "_gone", "_length", "_pool")
@@ -144,12 +146,7 @@ class Buffer:
     def __enter__(self) -> Buffer:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, exc: BaseException | None, *__: object) -> None:
         """As ``free``, but for the BufferError when there is an exception already."""
         try:
             self.free()
@@ -676,12 +673,7 @@ class Pool:
         """Closed at the end of the block."""
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """As ``aclose``."""
         await self.aclose()
 
@@ -775,10 +767,17 @@ class Pool:
         return ClosedError("this pool was closed here; open another one to go on")
 
 
-class Opening:
+class Opening(Once[Pool]):
     """What ``open_pool`` returns: to be awaited, or entered, once."""
 
-    def __init__(self, size: int, quota: int | None, link: Link | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        quota: int | None,
+        link: Link | None = None,
+        *,
+        contiguous: bool = False,
+    ) -> None:
         if index(size) < 1:
             raise ValueError(f"a pool has at least 1 byte, not {size}")
         self._size = -(-size // PAGE) * PAGE
@@ -788,21 +787,23 @@ class Opening:
                 f"the quota of a pool of {self._size} bytes is from {PAGE} to that, not {quota}"
             )
         self._link = link
-
-    def __await__(self) -> Any:
-        """Open it; closing is left to ``pool.aclose()``."""
-        return self._open().__await__()
+        self._contiguous = contiguous
 
     async def _open(self) -> Pool:
         link = self._link
-        if link is not None and link._connection.carries_buffers:
-            return await link._link_pools().open(self._size, self._quota)
-        memory = await new_memory(self._size)
         try:
-            pool = Pool(memory, self._quota)
-        except BaseException:
-            memory.close()
+            if link is not None and link._connection.carries_buffers:
+                return await link._link_pools().open(self._size, self._quota, self._contiguous)
+            memory = await new_memory(self._size)
+            try:
+                pool = Pool(memory, self._quota)
+            except BaseException:
+                memory.close()
+                raise
+        except KucommsError:
             raise
+        except OSError as error:
+            raise pool_error(error, self._size, "" if link is None else link.url) from error
         if link is not None:
             try:
                 link._endpoint._adopt_pool(link, pool)
@@ -811,17 +812,8 @@ class Opening:
                 raise
         return pool
 
-    async def __aenter__(self) -> Pool:
-        self._pool = await self._open()
-        return self._pool
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._pool.aclose()
+    async def _close(self, opened: Pool) -> None:
+        await opened.aclose()
 
 
 def open_pool(size: int, *, quota: int | None = None) -> Opening:

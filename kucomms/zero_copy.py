@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kucomms._core import EMPTY, FLAG_TOKEN, OK, Borrow
@@ -34,12 +33,7 @@ class Loan:
         self.data = memoryview(self._reservation)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, exc: BaseException | None, *__: object) -> None:
         reservation = self._reservation
         try:
             self.data.release()
@@ -81,12 +75,7 @@ class Borrowed:
         self._borrow, self._message = borrowed_message(taken)
         return self._message
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, _: object, exc: BaseException | None, *__: object) -> None:
         try:
             end_borrow(self._link, self._borrow, self._message, exc)
         finally:

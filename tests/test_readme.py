@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
 """What the README says is so."""
 
+import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import kucomms
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,9 +38,45 @@ def test_every_example_is_python(number):
     compile(PYTHON[number], f"README.md example {number}", "exec", flags=0x2000)
 
 
-def test_what_the_examples_name_exists():
-    import kucomms
+def example(text):
+    """The one with this in it, as the code of a coroutine."""
+    (found,) = (code for code in PYTHON if text in code)
+    return compile(found, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
+
+@pytest.mark.asyncio
+async def test_the_example_of_the_pool_runs(tmp_path, capsys):
+    (tmp_path / "file").write_bytes(bytes(4096) + b"0123456789" * 7000)
+    with (tmp_path / "file").open("rb") as file, (tmp_path / "other").open("wb") as other:
+        await eval(example("kucomms.open_pool("), globals(), locals())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["b'0123456789'", "first 65536 0"]
+    assert (tmp_path / "other").read_bytes() == (b"0123456789" * 7000)[: (64 << 10) - 10]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("scheme", ["inproc", "shm"])
+async def test_the_example_of_buffers_in_messages_runs(tmp_path, scheme):
+    """With a peer that hands back what it gets."""
+    url = f"{scheme}://readme_{os.getpid()}"
+    got = []
+
+    async def hand_back(message, link):
+        got.append(message.data)
+        await link.send(message, buffers=message.buffers)
+
+    async with kucomms.Endpoint("peer") as peer:
+        peer.on_message(hand_back)
+        await peer.listen(url)
+        async with kucomms.connect(url) as link:
+            with (tmp_path / "file").open("wb") as file:
+                await eval(example("link.open_pool(64"), globals(), locals())
+            assert (await link.receive()).data == b"done"
+    assert got == [b"a frame", b"done"]
+    assert (tmp_path / "file").read_bytes() == b"hello".ljust(1 << 20, b"\0")
+
+
+def test_what_the_examples_name_exists():
     for name in re.findall(r"\bkucomms\.(\w+)", "".join(PYTHON)):
         assert hasattr(kucomms, name)
     for name in re.findall(r"endpoint\.(\w+)", "".join(PYTHON)):

@@ -119,13 +119,13 @@ _REMEDIES = {
 }
 
 
-def os_error(number: int, what: str) -> TransportError:
+def os_error(number: int, what: str, why: str | None = None) -> TransportError:
     """The error for errno ``number``; ``what`` says to which URL, and what to do.
 
-    What is always the same to do is added here.
+    ``why``: if known better than by its number. What is always the same to do is added here.
     """
     remedy = f"; {_REMEDIES[number]}" if number in _REMEDIES else ""
-    return TransportError(number, f"{what}: {os.strerror(number)}{remedy}")
+    return TransportError(number, f"{what}: {why or os.strerror(number)}{remedy}")
 
 
 def ring_size_for(asked: int) -> int:
@@ -339,10 +339,11 @@ def ioctl_setup(fd: int, setup: Any) -> int:
     return int(lib.setup_ioctl(fd, setup))
 
 
-def ioctl_open_pool(fd: int, size: int) -> tuple[int, int]:
+def ioctl_open_pool(fd: int, size: int, *, contiguous: bool) -> tuple[int, int]:
     """Have the kernel open a pool. Its number, and where to map it. Raises OSError."""
+    flags = lib.KUCOMMS_POOL_CONTIGUOUS if contiguous else 0
     number, offset = _ffi.new("uint32_t *"), _ffi.new("uint64_t *")
-    err = int(lib.setup_open_pool(fd, size, number, offset))
+    err = int(lib.setup_open_pool(fd, size, flags, number, offset))
     if err:
         raise OSError(err, os.strerror(err))
     return int(number[0]), int(offset[0])

@@ -23,6 +23,8 @@ ffi.cdef("""
     #define KUCOMMS_NAME_MAX ...
     #define KUCOMMS_HELLO_MAX ...
     #define KUCOMMS_SETUP_NUMBER ...
+    #define KUCOMMS_POOL_CONTIGUOUS ...
+    #define KUCOMMS_POOL_CONTIGUOUS_MAX ...
     #define KUCOMMS_STEP_HELLO ...
     #define KUCOMMS_STEP_SETUP ...
     #define KUCOMMS_STEP_ATTACH ...
@@ -72,7 +74,8 @@ ffi.cdef("""
     uint64_t kucomms_message_max(uint64_t ring_size);
 
     int setup_ioctl(int fd, struct kucomms_setup *setup);
-    int setup_open_pool(int fd, uint64_t size, uint32_t *number, uint64_t *offset);
+    int setup_open_pool(int fd, uint64_t size, uint32_t flags, uint32_t *number,
+                        uint64_t *offset);
     int setup_close_pool(int fd, uint32_t number);
     int setup_shm_create(const char *name);
     int setup_shm_unlink(const char *name);
@@ -143,10 +146,10 @@ ffi.set_source(
         return err ? errno : 0;
     }
 
-    static int setup_open_pool(int fd, uint64_t size, uint32_t *number,
-                               uint64_t *offset)
+    static int setup_open_pool(int fd, uint64_t size, uint32_t flags,
+                               uint32_t *number, uint64_t *offset)
     {
-        struct kucomms_pool_request request = { .size = size };
+        struct kucomms_pool_request request = { .size = size, .flags = flags };
 
         if (ioctl(fd, KUCOMMS_IOC_OPEN_POOL, &request))
             return errno;

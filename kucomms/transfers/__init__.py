@@ -7,7 +7,7 @@ import errno
 import os
 
 from kucomms._pool_memory import PoolMemory
-from kucomms.exceptions import TransportError, UsageError
+from kucomms.exceptions import UsageError
 from kucomms.transfers.base import Complete, Engine
 from kucomms.transfers.io_uring import UringEngine
 from kucomms.transfers.threads import ThreadEngine
@@ -26,7 +26,7 @@ def open_engine(memory: PoolMemory, complete: Complete) -> Engine:
     """An engine for the running loop: io_uring where it is allowed, or threads.
 
     ``KUCOMMS_IO=threads`` in the environment chooses threads; ``KUCOMMS_IO=io_uring``
-    makes it an error, TransportError, when that cannot be had.
+    makes it an error when that cannot be had. Raises OSError.
     """
     wanted = os.environ.get("KUCOMMS_IO", "")
     if wanted not in ("", "io_uring", "threads"):
@@ -39,5 +39,5 @@ def open_engine(memory: PoolMemory, complete: Complete) -> Engine:
             number = error.errno or 0
             reason = f"no io_uring: {os.strerror(number)}{_WHY.get(number, '')}"
             if wanted:
-                raise TransportError(number, reason) from error
+                raise OSError(number, reason) from error
     return ThreadEngine(memory, complete, reason)

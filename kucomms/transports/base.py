@@ -132,6 +132,8 @@ class Connection(ABC):
     carries_buffers = False
     """Whether messages can hand over buffers: both sides know how. Then ``channel`` has
     ``on_frame`` and ``send_front``, and the methods below are implemented."""
+    contiguous_max = 0
+    """Bytes of the largest pool that can be physically contiguous; 0: none can."""
     side = 1
     """Ours, of the channel: 0 for who listens. Its pools have numbers of 2k + side."""
     pools: LinkPools | None = None
@@ -166,8 +168,10 @@ class Connection(ABC):
     def close(self) -> None:
         """Stop watching and give back what is not memory. Twice is fine."""
 
-    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+    async def open_pool(self, size: int, contiguous: bool = False) -> tuple[int, PoolMemory]:
         """Make memory of so many bytes, whole pages, that both sides have mapped.
+
+        ``contiguous``, physically: asked for up to ``contiguous_max`` bytes only.
 
         Returns the number of the pool, and the memory as it is mapped here. Not cancelled
         but by the end of the loop. Raises OSError: no memory, or the peer did not map it,

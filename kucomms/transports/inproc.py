@@ -96,7 +96,7 @@ class InprocConnection(Connection):
         elif self._gone is not None:
             self._gone(None)
 
-    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+    async def open_pool(self, size: int, contiguous: bool = False) -> tuple[int, PoolMemory]:
         memory = await new_memory(size)
         try:
             # Each side has a mapping of its own, which lives as long as it likes.

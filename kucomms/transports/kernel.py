@@ -108,21 +108,16 @@ class KernelConnection(Connection):
 
     # ---- pools ---------------------------------------------------------------
 
-    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+    async def open_pool(self, size: int, contiguous: bool = False) -> tuple[int, PoolMemory]:
         """See ``Connection.open_pool``."""
         if self._fd < 0:
             raise _core.os_error(errno.ESHUTDOWN, f"{self.url}: the link is closed")
         check_room(size)
         # A large one takes a while, and the link may be closed meanwhile.
         device = os.dup(self._fd)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                None, _open_pool, device, size
-            )
-        except OSError as error:
-            raise _core.os_error(
-                error.errno or 0, f"{self.url}: the kernel has no pool of {size} bytes"
-            ) from error
+        return await asyncio.get_running_loop().run_in_executor(
+            None, _open_pool, device, size, contiguous
+        )
 
     def close_pool(self, number: int) -> bool:
         """See ``Connection.close_pool``."""
@@ -152,10 +147,10 @@ class KernelConnection(Connection):
         os.close(fd)
 
 
-def _open_pool(device: int, size: int) -> tuple[int, PoolMemory]:
+def _open_pool(device: int, size: int, contiguous: bool) -> tuple[int, PoolMemory]:
     """A new pool, mapped. Closes the descriptor. Raises OSError."""
     try:
-        number, offset = _core.ioctl_open_pool(device, size)
+        number, offset = _core.ioctl_open_pool(device, size, contiguous=contiguous)
         try:
             return number, PoolMemory(device, size, offset)
         except OSError:
@@ -234,7 +229,9 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
     numbered = bool(record.flags & lib.KUCOMMS_SETUP_NUMBER)
     peer = Peer(hello=hello, kernel=True, channel=int(record.channel) if numbered else None)
     connection = KernelConnection(url, channel, peer, fd, epoll)
-    connection.carries_buffers = bool(features & lib.KUCOMMS_FEATURE_POOLS)
+    if features & lib.KUCOMMS_FEATURE_POOLS:
+        connection.carries_buffers = True
+        connection.contiguous_max = lib.KUCOMMS_POOL_CONTIGUOUS_MAX
     return connection
 
 

@@ -188,7 +188,7 @@ class ShmConnection(Connection):
 
     # ---- pools ---------------------------------------------------------------
 
-    async def open_pool(self, size: int) -> tuple[int, PoolMemory]:
+    async def open_pool(self, size: int, contiguous: bool = False) -> tuple[int, PoolMemory]:
         memory = await new_memory(size)
         try:
             number, self._pool_number = self.side + self._pool_number, self._pool_number + 2

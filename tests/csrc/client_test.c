@@ -1223,6 +1223,30 @@ static void test_turns_unknown(void)
 	kucomms_listener_close(&listener);
 }
 
+/* Pools are not for C programs: said to who asks, and no peer is to blame. */
+static void test_features_that_are_not_ours(void)
+{
+	struct kucomms_rendezvous record;
+	struct kucomms_listener listener;
+	struct kucomms_client client;
+	int fd;
+
+	CHECK(!kucomms_listener_open(&listener, URL, 0));
+	fd = raw_connect();
+	kucomms_record_fill(&record, KUCOMMS_STEP_HELLO, 0);
+	record.features = KUCOMMS_FEATURES;
+	CHECK(write(fd, &record, sizeof(record)) == (ssize_t)sizeof(record));
+	listener.features = KUCOMMS_FEATURE_POOLS;
+	CHECK(kucomms_listener_accept(&listener, &client, 0) == -EINVAL);
+	listener.features = KUCOMMS_CLIENT_FEATURES | 1ULL << 40;
+	CHECK(kucomms_listener_accept(&listener, &client, 0) == -EINVAL);
+	CHECK(recv(fd, &record, sizeof(record), MSG_DONTWAIT) < 0);
+	CHECK(errno == EAGAIN);
+	CHECK(listener.dropped == 0);
+	close(fd);
+	kucomms_listener_close(&listener);
+}
+
 /* It sends when it likes: the link is of no more use. */
 static void test_hostile_turns(void)
 {
@@ -1274,6 +1298,7 @@ static const struct {
 	{ "turns", test_turns },
 	{ "turns_held", test_turns_held },
 	{ "turns_unknown", test_turns_unknown },
+	{ "features_that_are_not_ours", test_features_that_are_not_ours },
 	{ "hostile_turns", test_hostile_turns },
 };
 

@@ -5,8 +5,10 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,14 +159,21 @@ def camera(main_module, load, unload):
     (SYSFS / "remove_device").write_text("kucomms_camera\n")
 
 
-def watch_camera(*arguments):
-    """What the example prints in its last line."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "examples" / "camera.py", *arguments],
-        capture_output=True, text=True, check=False, timeout=PATIENCE,
-    )  # fmt: skip
-    assert (result.returncode, result.stderr) == (0, "")
-    last = result.stdout.splitlines()[-1]
+def watch_camera(*arguments, meanwhile=None):
+    """What the example prints in its last line; ``meanwhile(process)``: after its first one."""
+    with subprocess.Popen(
+        [sys.executable, "-u", ROOT / "examples" / "camera.py", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            if meanwhile is not None:
+                assert process.stdout.readline().startswith("frame ")
+                meanwhile(process)
+            out, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (0, "")
+    last = out.splitlines()[-1]
     found = re.fullmatch(r"(\d+) frames in [\d.]+ s, (\d+) dropped, (\d+) torn", last)
     return [int(number) for number in found.groups()]
 
@@ -176,9 +185,16 @@ def test_the_camera_shows_whole_frames(camera):
 
 
 def test_the_camera_drops_what_nobody_has_room_for(camera):
-    """15 of 16 are kept: each frame has to come back before the next one can go."""
-    frames, _dropped, torn = watch_camera("--frames", "40", "--hold", "15")
-    assert (frames, torn) == (40, 0)
+    """15 of 16 are kept, and the last one as well while the program stands still."""
+
+    def stand_still(process):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)  # time is the subject: 50 frames
+        process.send_signal(signal.SIGCONT)
+
+    frames, dropped, torn = watch_camera("--frames", "250", "--hold", "15", meanwhile=stand_still)
+    assert (frames, torn) == (250, 0)
+    assert dropped > 0
 
 
 @pytest.mark.asyncio

@@ -270,28 +270,43 @@ async def play(game, receive, links):
 @pytest.mark.parametrize("modules", [1, 2], ids=["one_module", "two_modules"])
 @pytest.mark.parametrize("user_first", [False, True], ids=["kernel_first", "user_first"])
 @pytest.mark.parametrize("game", GAMES)
-async def test_games(load, unload, game, user_first, modules):
+async def test_games(load, unload, monkeypatch, game, user_first, modules):
     """Over one channel and two at once, of one module or two, received in three ways.
 
     Whoever is there first; the user takes each channel by its number.
     """
     begin, hops, function = GAMES[game]
     names = MODULES[:modules]
+    tried = set()
+    once = kernel._try_set_up
+
+    async def noted(address, *arguments):
+        try:
+            return await once(address, *arguments)
+        finally:
+            tried.add(address.url)
+
+    monkeypatch.setattr(kernel, "_try_set_up", noted)
     with made(load, unload, *names) as those:
 
         def load_all():
             for module in those:
                 module.load(channels=2, begin=begin, hops=hops)
 
+        def unload_all():
+            for module in those:
+                module.unload()
+
         if not user_first:
             load_all()
         for channels, receive in itertools.product([1, 2], [awaiting, looking, blocking]):
+            tried.clear()
             connecting = [
                 asyncio.ensure_future(connect(number, name)._open())
                 for name, number in itertools.product(names, range(channels))
             ]
-            if not those[0].loaded:
-                await asyncio.sleep(0)
+            if user_first:
+                await until(lambda: len(tried) == len(connecting))  # noqa: B023
                 assert not any(task.done() for task in connecting)
                 await asyncio.to_thread(load_all)
             links = await asyncio.gather(*connecting)
@@ -300,6 +315,8 @@ async def test_games(load, unload, game, user_first, modules):
             finally:
                 for link in links:
                     await link.aclose()
+            if user_first:
+                await asyncio.to_thread(unload_all)
 
 
 @pytest.mark.parametrize("flags", [0, THREADS, IN_PLACE], ids=["shared", "threads", "in_place"])

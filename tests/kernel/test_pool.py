@@ -1151,6 +1151,22 @@ async def test_views_outlive_the_link():
 
 
 @pytest.mark.asyncio
+async def test_python_opens_a_contiguous_pool():
+    most = 4 << 20
+    async with connect() as link:
+        for count in (1, 3, 100):
+            async with link.open_pool(count * PAGE, contiguous=True) as pool:
+                first, *_ = frames = frames_of(pool._memory.address, count)
+                assert frames == list(range(first, first + count))
+                buffer = pool.allocate(count * PAGE)
+                buffer.data[:] = bytes([count]) * (count * PAGE)
+                answer = await ask(link, Do.SUM, buffers=buffer)
+                assert answer == (count * PAGE, count * count * PAGE)
+        with pytest.raises(ValueError, match=f"{most} bytes at most"):
+            link.open_pool(most + 1, contiguous=True)
+
+
+@pytest.mark.asyncio
 async def test_python_is_told_that_there_is_no_memory():
     async with connect() as link:
         for size in (4 << 30, 1 << 40):

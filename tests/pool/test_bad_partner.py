@@ -5,6 +5,7 @@
 import array
 import asyncio
 import errno
+import fcntl
 import itertools
 import mmap
 import os
@@ -278,6 +279,32 @@ async def test_more_pools_than_there_may_be(name, role):
         peer.ring()
         assert await closed is None
         assert link.closed
+
+
+@roles
+@pytest.mark.parametrize(
+    ("size", "there"), [(2 * PAGE, 0), (2 * PAGE, PAGE), (1 << 36, PAGE), (1 << 46, 0)]
+)
+async def test_memory_that_is_not_all_there(name, role, size, there):
+    """Holes cost who passes them nothing: refused, before anything is kept for their pages."""
+    problems = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: problems.append(what))
+    async with attacked(role, name, features=FEATURE_POOLS) as (link, peer, _, closed):
+        fd = raw_peer.memory(size, seals=True)
+        if there:
+            os.posix_fallocate(fd, 0, there)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        pool_record(peer, size=size, fds=[fd])
+        answer, _fds = await asyncio.to_thread(raw_peer.receive, peer.sock)
+        assert (answer.step, answer.pool, answer.status) == (MAPPED, peer.own, errno.ENOMEM)
+        pool_record(peer, peer.own + 2)
+        answer, _fds = await asyncio.to_thread(raw_peer.receive, peer.sock)
+        assert (answer.pool, answer.status) == (peer.own + 2, 0)
+        peer.set_state(1)
+        peer.ring()
+        assert await closed is None
+        assert link.closed
+    assert problems == []
 
 
 @roles

@@ -49,3 +49,26 @@ def test_copies_are_identical(engine, source, size, how, tmp_path):
     assert filecmp.cmp(source, tmp_path / "target", shallow=False)
     assert os.path.getsize(tmp_path / "target") == size
     (tmp_path / "target").unlink()
+
+
+@pytest.mark.parametrize("how", ["name", "symbolic link", "hard link"])
+def test_a_file_onto_itself_is_left_alone(how, tmp_path):
+    source = target = tmp_path / "source"
+    source.write_bytes(b"content")
+    if how != "name":
+        target = tmp_path / "target"
+        (target.symlink_to if how == "symbolic link" else target.hardlink_to)(source)
+    result = subprocess.run(
+        [sys.executable, EXAMPLE, source, target],
+        capture_output=True, text=True, timeout=60, check=False,
+    )
+    problem = f"error: {source} and {target} are the same file\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", problem)
+    assert source.read_bytes() == b"content"
+
+
+def test_a_longer_target_is_replaced(tmp_path):
+    (tmp_path / "source").write_bytes(b"short")
+    (tmp_path / "target").write_bytes(b"much longer")
+    subprocess.run([sys.executable, EXAMPLE, "source", "target"], cwd=tmp_path, check=True)
+    assert (tmp_path / "target").read_bytes() == b"short"

@@ -363,6 +363,8 @@ def memory(size, seals=None):
 def sealed_memory(size, seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW):
     """As for a pool."""
     fd = memory(size, seals=True)
+    if size:
+        os.posix_fallocate(fd, 0, size)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
 

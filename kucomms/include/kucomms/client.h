@@ -1197,7 +1197,8 @@ out:
  * and accept with timeout 0.
  *
  * Return: 0, -EAGAIN, -ETIMEDOUT, -EINTR, -ENOSPC or -ENOMEM when there is no
- * memory for the rings, other -errno.
+ * memory for the rings, -EINVAL for features that are not for C programs, other
+ * -errno.
  */
 static inline int kucomms_listener_accept(struct kucomms_listener *listener,
 					  struct kucomms_client *client,
@@ -1208,6 +1209,8 @@ static inline int kucomms_listener_accept(struct kucomms_listener *listener,
 	int err, fd, left;
 
 	kucomms_client_clear(client);
+	if (listener->features & ~KUCOMMS_CLIENT_FEATURES)
+		return -EINVAL;
 	for (;;) {
 		left = kucomms_poll_time(end);
 		ready.fd = listener->socket;
