@@ -8,7 +8,6 @@ import errno
 import struct
 import threading
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kucomms._core import (
@@ -32,7 +31,7 @@ from kucomms.exceptions import (
     UsageError,
 )
 from kucomms.message import CarryingMessage, Message
-from kucomms.pool import Buffer, Pool, Received, _Block, _unmapping
+from kucomms.pool import Buffer, Pool, Received, _Block
 from kucomms.transfers import open_engine
 from kucomms.transfers.base import Engine, Transfer
 
@@ -88,7 +87,6 @@ class PeerPool(Pool):
         # a byte for each page that is here; the peer must not hand it over again
         self._held = bytearray(memory.size // PAGE)
         self._owner_closed = False
-        self._collects_soon = False
 
     def _open_engine(self) -> Engine:
         return _NoEngine(self)
@@ -152,7 +150,7 @@ class PeerPool(Pool):
         if self._closed.done() or threading.get_ident() != self._thread:
             self._collect_later()
         else:
-            self._collect()
+            self._collect_now()
         return True
 
     def _forsake(self, block: _Block) -> None:
@@ -165,23 +163,6 @@ class PeerPool(Pool):
     def _let_go(self, block: _Block) -> None:
         self._idle.append(block)
         self._collect_later()
-
-    def _collect_later(self) -> None:
-        if self._closed.done():
-            with _unmapping:
-                self._collect()
-        elif not self._collects_soon:
-            self._collects_soon = True
-            with suppress(RuntimeError):  # the loop is closed
-                if threading.get_ident() == self._thread:
-                    self._loop.call_soon(self._collect_now)
-                else:
-                    self._loop.call_soon_threadsafe(self._collect_now)
-
-    def _collect_now(self) -> None:
-        self._collects_soon = False
-        with _unmapping:
-            self._collect()
 
     def _return(self, block: _Block) -> None:
         self._forget(block)

@@ -217,6 +217,8 @@ class Pool:
         self._blocks: set[_Block] = set()
         # blocks that something has let go of, in whatever thread
         self._idle: deque[_Block] = deque()
+        self._collecting = False
+        self._collects_soon = False
         self._waiting: deque[TaskTicket] = deque()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -390,33 +392,49 @@ class Pool:
         self._free(block)
 
     def _let_go(self, block: _Block) -> None:
+        """Perhaps from within anything, also from within ``_collect``: the loop does the rest."""
         self._idle.append(block)
+        if self._waiting or self._closed.done():
+            self._collect_later()
+
+    def _collect_later(self) -> None:
         if self._closed.done():
             with _unmapping:
                 self._collect()
-        elif self._waiting:
-            if threading.get_ident() == self._thread:
-                self._collect_and_wake()
-            elif not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._collect_and_wake)
+        elif not self._collects_soon:
+            self._collects_soon = True
+            with suppress(RuntimeError):  # the loop is closed
+                if threading.get_ident() == self._thread:
+                    self._loop.call_soon(self._collect_now)
+                else:
+                    self._loop.call_soon_threadsafe(self._collect_now)
 
-    def _collect_and_wake(self) -> None:
-        self._collect()
+    def _collect_now(self) -> None:
+        self._collects_soon = False
+        with _unmapping:
+            self._collect()
         self._wake_waiting()
 
     def _collect(self) -> None:
         """Give back the pages that nobody needs any more.
 
-        In the loop's thread only, until it is closed.
+        In the loop's thread only, until it is closed. The garbage collector may run in the
+        middle of it, and what that lets go of once the pool is closed comes here again.
         """
-        while self._idle:
-            block = self._idle.popleft()
-            unused = block.freed and not block.transfers and not block.viewed()
-            if unused and block in self._blocks:
-                self._blocks.remove(block)
-                block.watch = None
-                self._allocated -= block.pages * PAGE
-                self._return(block)
+        if self._collecting:
+            return
+        self._collecting = True
+        try:
+            while self._idle:
+                block = self._idle.popleft()
+                unused = block.freed and not block.transfers and not block.viewed()
+                if unused and block in self._blocks:
+                    self._blocks.remove(block)
+                    block.watch = None
+                    self._allocated -= block.pages * PAGE
+                    self._return(block)
+        finally:
+            self._collecting = False
         if self._closed.done() and not self._blocks and self in _lingering:
             _lingering.remove(self)
             self._memory.close()
