@@ -44,8 +44,6 @@ _CARRIED = struct.Struct("=IIQ")  # struct kucomms_carried: pool, page, length
 CARRIED_SIZE = _CARRIED.size
 _NEWS = struct.Struct("=IIQQ")  # struct kucomms_pool_news: number, reserved, size, offset
 _PACE = 16
-_ROOM = -1
-"""The id, which no message can have, of the request of those who wait for room in a pool."""
 
 
 class _NoEngine(Engine):
@@ -243,7 +241,8 @@ class LinkPools:
         self._news: deque[bytes] = deque()
         self._ticket = _Outgoing(self)
         self._queued = False
-        self._waits: set[TaskTicket] = set()
+        # Somebody waits for room. As a request does, that has the link look at what comes.
+        self.waits: set[TaskTicket] = set()
         self._sends = 0
 
     # ---- pools --------------------------------------------------------------
@@ -533,13 +532,10 @@ class LinkPools:
 
     def begin_wait(self, ticket: TaskTicket) -> None:
         """Somebody waits for room, and ``end_wait`` comes after it."""
-        link = self._link
-        if not self._waits:
-            # As a request does, it has the link look at what comes while nobody receives.
-            link._requests[_ROOM] = link._loop.create_future()
-        self._waits.add(ticket)
-        if link._endpoint._is_handler():
-            link._endpoint._handler_waits.add(ticket.fail)
+        self.waits.add(ticket)
+        endpoint = self._link._endpoint
+        if endpoint._is_handler():
+            endpoint._handler_waits.add(ticket.fail)
 
     def arm(self) -> None:
         """Look, and ask for the doorbell. Raises QueueFull, or why nothing can come."""
@@ -555,12 +551,10 @@ class LinkPools:
 
     def end_wait(self, ticket: TaskTicket) -> None:
         """The end of that."""
-        self._waits.discard(ticket)
+        self.waits.discard(ticket)
         self._link._endpoint._handler_waits.discard(ticket.fail)
-        if not self._waits:
-            self._link._requests.pop(_ROOM, None)
 
     def peer_left(self) -> None:
         """Nothing comes back any more."""
-        for ticket in list(self._waits):
+        for ticket in list(self.waits):
             ticket.wake()

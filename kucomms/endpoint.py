@@ -965,10 +965,13 @@ class Endpoint:
         """A handler waits: take what has arrived into the backlog, and ask for doorbells.
 
         The links that are neither ready, nor being served, nor new, nor the one that the
-        handler waits for, have been parked before and will ring.
+        handler waits for, have been parked before and will ring. Without a message handler
+        only that one is looked at, as for a task.
         """
         self._backlog_is_full = False
         if not self._has_message_handler:
+            if waits_for is not None:
+                waits_for._rearm()
             return
         if self._serving is not None and self._serving._channel.owing:
             self._owing.add(self._serving)

@@ -1102,11 +1102,18 @@ class Link:
             self._rearm()
 
     def _rearm(self) -> None:
-        """Requests that are pending want the doorbell, and nobody else asks for it."""
-        if self._requests and not self._over and not self._endpoint._has_message_handler:
+        """Who waits for a reply or for room wants the doorbell, and nobody else asks for it."""
+        if self._over or self._endpoint._has_message_handler:
+            return
+        if self._requests or self._waits_for_room():
             self._pump()
 
-    def _pump(self, *, park: bool = True) -> None:
+    def _waits_for_room(self) -> bool:
+        """Whether somebody waits for what the peer gives back of a pool."""
+        pools = self._connection.pools
+        return pools is not None and bool(pools.waits)
+
+    def _pump(self, *, park: bool = True, past: bool = False) -> None:
         """Move what has arrived into the backlog, as far as that may grow, and park.
 
         The backlog bounds messages; after so many rounds without one, the loop has a turn.
