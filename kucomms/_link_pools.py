@@ -526,7 +526,7 @@ class LinkPools:
     def look(self) -> None:
         """See what the peer has given back by now."""
         link = self._link
-        link._pump(park=False)
+        link._pump(park=False, past=True)
         if link._inbox and link._endpoint._has_message_handler:
             link._endpoint._make_ready(link)
 

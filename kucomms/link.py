@@ -183,8 +183,7 @@ class Link:
     @property
     def has_turn(self) -> bool:
         """Whether this side may send: it has the turn, or the link has no turns."""
-        channel = self._channel
-        return channel.has_turn and not (self._inbox and channel.turns)
+        return self._channel.has_turn
 
     @property
     def closed(self) -> bool:
@@ -670,6 +669,7 @@ class Link:
         span = len(message.data) + HEADER_SIZE
         self._inbox_bytes -= span
         self._endpoint._backlog_used -= span
+        self._channel.take_turn()  # with turns, of which there is one message at most
         if self._endpoint._starved:
             self._endpoint._backlog_eased()
         return message
@@ -686,7 +686,7 @@ class Link:
         messages: list[Message] = []
         replies: list[Message] = []
         status = self._channel.receive(_FILL, _FILL_BYTES, messages, replies, True)
-        if not self._inbox:
+        if not self._inbox and not self._channel.turns:
             self._inbox.extend(messages)
             self._uncounted = len(messages)
         elif messages:
@@ -1118,10 +1118,9 @@ class Link:
 
         The backlog bounds messages; after so many rounds without one, the loop has a turn.
 
-        With turns only replies are taken. A message stays where it is until somebody receives
-        it, for then the turn comes: here it would come when nobody knows of it.
+        With turns only replies are taken, and a message stays where it is, unless it is in the
+        way: ``past``, or when somebody waits for room, what is behind it is looked for.
         """
-        turns = self._channel.turns
         looked_again = False
         idle_rounds = 0
         while not self._over:
@@ -1131,7 +1130,8 @@ class Link:
             messages: list[Message] = []
             replies: list[Message] = []
             budget = self._endpoint._backlog_limit - self._endpoint._backlog_used
-            if turns:
+            stays = self._channel.turns and not (past or self._waits_for_room())
+            if stays:
                 budget = 0
             status = self._channel.receive(64, max(budget, 0), messages, replies, False)
             if messages:
@@ -1155,7 +1155,7 @@ class Link:
                     self._endpoint._backlog_filled(self)
                 return
             if looked_again:  # there is something, and it does not fit
-                if not turns:
+                if not stays:
                     self._endpoint._backlog_filled(self)
                 elif self._receive_queue:
                     self._receive_queue[0].wake()
@@ -1175,6 +1175,7 @@ class Link:
             self._loop.call_soon(look)
 
     def _add_to_inbox(self, messages: list[Message]) -> None:
+        self._channel.hold_turn()  # until they are received
         self._inbox.extend(messages)
         size = _bytes_of(messages)
         self._inbox_bytes += size
@@ -1262,8 +1263,10 @@ class Link:
             )
         if status == OUT_OF_TURN:
             return OutOfTurnError(
-                f"{self._url}: it is the other side's turn to send; receive its message first, "
-                "which brings the turn here"
+                f"{self._url}: a loan is out, which has taken the turn; finish the loan first"
+                if self._channel.loans
+                else f"{self._url}: it is the other side's turn to send; receive its message "
+                "first, which brings the turn here"
             )
         if status == NO_TOKEN:
             return UsageError(
