@@ -8,7 +8,6 @@ import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from time import monotonic
@@ -70,6 +69,8 @@ _Send = Callable[[Any, int | None, int | None, int | None], int]
 
 _FILL, _FILL_BYTES = 128, 1 << 16
 """Messages and bytes that are taken from the ring at once for tasks that await them."""
+_LOOP_WATCH = 0.5
+"""Seconds after which a thread that waits looks whether the loop is closed: nothing tells it."""
 _IDLE_ROUNDS = 16
 """Looks into the ring, between two turns of the loop, that find no message for the backlog."""
 
@@ -310,9 +311,9 @@ class Link:
         """Send a message from any thread; block while the ring is full.
 
         Waits in the same queue as ``send``. After ``timeout`` seconds it raises
-        ``QueueFull``, and nothing was sent; None waits for ever. In the thread of the
-        endpoint's loop, where waiting would stop what it waits for, it raises
-        ``UsageError`` instead of waiting.
+        ``QueueFull``, and nothing was sent; None waits for ever, or until the loop is
+        closed (``ClosedError``). In the thread of the endpoint's loop, where waiting would
+        stop what it waits for, it raises ``UsageError`` instead of waiting.
         """
         send = self._channel.send_threadsafe
         status = FULL
@@ -348,12 +349,14 @@ class Link:
                         raise self._send_error(status, data)
                     if self._channel.park_send(size):
                         continue
-                remaining = None if deadline is None else deadline - monotonic()
-                if (remaining is not None and remaining <= 0) or not ticket.wait(remaining):
+                pause = _pause_before(deadline)
+                if pause <= 0:
                     raise QueueFull(
                         f"{self._url}: no room in the ring for {timeout} s; the peer does not "
                         "read fast enough"
                     )
+                if not ticket.wait(pause) and self._loop.is_closed():
+                    raise self._loop_over_error()
         finally:
             self._leave_send_queue(ticket)
 
@@ -597,35 +600,48 @@ class Link:
                 f"{self._url}: this is the thread of the endpoint's loop, which must not block; "
                 "use 'await link.receive()' here"
             )
-        # The time-out is the loop's: a future that is given up here may have a message already.
-        receiving = self._receive_within(timeout)
+        deadline = None if timeout is None else monotonic() + timeout
+        wanted = _Wanted()
+        receiving = self._receive_wanted(wanted, waits=timeout is None or timeout > 0)
         try:
             future = asyncio.run_coroutine_threadsafe(receiving, self._loop)
         except RuntimeError:
             receiving.close()
             raise self._loop_over_error() from None
         try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise self._loop_over_error() from None
-        except BaseException:
-            future.cancel()  # when this thread is interrupted
-            raise
-
-    async def _receive_within(self, timeout: float | None) -> Message:
-        if timeout is None:
-            return await self.receive()
-        if timeout > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    return await self.receive()
-        try:
-            return self.receive_nowait()
-        except QueueEmpty:
+            while True:
+                pause = _pause_before(deadline)
+                if pause <= 0 and timeout == 0 and self._loop.is_running():
+                    pause = _LOOP_WATCH  # it has not looked yet
+                done, _ = concurrent.futures.wait([future], max(pause, 0))
+                if done:
+                    break
+                if self._loop.is_closed():
+                    raise self._loop_over_error()
+                if pause <= 0:
+                    break
+        finally:
+            message = wanted.give_up()
+            future.cancel()
+        if message is None and done:
+            try:
+                future.result()
+            except concurrent.futures.CancelledError:
+                raise self._loop_over_error() from None
+        if message is None:
             raise QueueEmpty(
                 f"{self._url}: no message for {timeout} s; the peer has sent none, or others "
                 "receive here, too"
-            ) from None
+            )
+        return message
+
+    async def _receive_wanted(self, wanted: _Wanted, *, waits: bool) -> None:
+        def take() -> Message | None:
+            return wanted.take(self._take)
+
+        self._check_receive()
+        if (self._receive_queue or take() is None) and waits:
+            await self._wait_for(take)
 
     def __aiter__(self) -> AsyncIterator[Message]:
         """Each message as it comes; ends when the link was closed in order."""
@@ -1205,8 +1221,8 @@ class Link:
 
     def _loop_over_error(self) -> ClosedError:
         return ClosedError(
-            f"{self._url}: the loop of the endpoint has ended, and nothing can be received without "
-            "it; connect again in another loop"
+            f"{self._url}: the loop of the endpoint has ended, and nothing can be waited for "
+            "without it; connect again in another loop"
         )
 
     def _backlog_error(self) -> QueueFull:
@@ -1276,6 +1292,34 @@ class Link:
         if status == TOO_MANY_LOANS:
             return QueueFull(f"{self._url}: too many loans are out; finish one first")
         return TransportError(0, f"{self._url}: unexpected status {status}")
+
+
+class _Wanted:
+    """What a thread receives: a message is taken only for one that has not given up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._message: Message | None = None
+
+    def take(self, take: Callable[[], Message | None]) -> Message | None:
+        """In the loop."""
+        with self._lock:
+            if self._given_up:
+                raise asyncio.CancelledError
+            self._message = take()
+            return self._message
+
+    def give_up(self) -> Message | None:
+        """In the thread: what was taken, and nothing more will be."""
+        with self._lock:
+            self._given_up = True
+            return self._message
+
+
+def _pause_before(deadline: float | None) -> float:
+    """For how long a thread sleeps at once; not positive after the deadline."""
+    return _LOOP_WATCH if deadline is None else min(_LOOP_WATCH, deadline - monotonic())
 
 
 def _bytes_of(messages: Iterable[Message]) -> int:
