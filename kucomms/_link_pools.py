@@ -193,8 +193,10 @@ class PeerPool(Pool):
     def _free_all(self) -> None:
         """Those who hold buffers may look at them as long as they like."""
 
-    def _closed_error(self) -> ClosedError:
-        return ClosedError("the link of this pool of the peer's is over, or the peer closed it")
+    def _closed_error(self) -> KucommsError:
+        if self._closed_by_link:
+            return super()._closed_error()
+        return ClosedError(f"{self._where()}the peer has closed this pool of its own")
 
     def __del__(self) -> None:
         if not self._opened or self._forked or self._closed.done():

@@ -505,7 +505,7 @@ class Endpoint:
         if link._connection.pools is not None:
             link._connection.pools.end()
         for pool in list(self._pools.get(link, ())):
-            pool._begin_close()
+            pool._begin_close(by_link=True)
         self._events.append(("on_link_close", link, error))
         if self._ends_with_its_link:
             self._stopping = True
@@ -515,6 +515,7 @@ class Endpoint:
         """It is to be closed with the link. Raises the link's error when that is over."""
         if link.closed:
             raise link._closed_error()
+        pool._link = link
         self._pools.setdefault(link, set()).add(pool)
 
         def closed(_: object) -> None:

@@ -102,7 +102,9 @@ class Link:
     handed to the peer with the message: they are gone here once it is sent, and the peer
     frees them, or hands them back. Not sent, and nothing handed over, with ``UsageError``
     for buffers that were freed, are of another pool or link, twice among them, or have a
-    transfer under way; with ``BufferError`` when a view of one is alive.
+    transfer under way; with ``BufferError`` when a view of one is alive. ``buffer.data`` is
+    released by trying: a ``view = buffer.data`` from before is over, also when there was no
+    room, and ``buffer.data`` gives another one.
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection) -> None:

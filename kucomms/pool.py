@@ -41,6 +41,17 @@ _CANCEL_AGAIN = 0.1
 """Seconds after which a closing pool asks again to cancel what is still under way, at first."""
 
 
+_ADVICE = {
+    errnos.EBADF: "it has to be open, and for this direction, until the transfer has ended",
+    errnos.EFBIG: "a file cannot be so large here; see 'ulimit -f', or use a smaller offset",
+    errnos.EINVAL: "with O_DIRECT, offsets and lengths must be multiples of the block size",
+    errnos.EISDIR: "open a file in it",
+    errnos.ENOTCONN: "connect the socket first",
+    errnos.ENOTSOCK: "use read() and write() for what is no socket",
+    errnos.ESPIPE: "pipes and sockets have no offset; leave it out",
+}
+
+
 class Completion(msgspec.Struct, frozen=True):
     """How a transfer ended."""
 
@@ -207,6 +218,9 @@ class Pool:
         # of a link's pool, when its buffers can be handed to the peer
         self._shared: LinkPools | None = None
         self._number = -1
+        # with which it is closed
+        self._link: Link | None = None
+        self._closed_by_link = False
         # what the peer has, by first page
         self._out: dict[int, _Block] = {}
         self._handed_over = 0
@@ -296,6 +310,7 @@ class Pool:
         buffer = None if self._waiting else self._take(size, pages)
         if buffer is None and self._shared is not None and self._out and not self._waiting:
             self._shared.look()
+            self._check()  # what it has seen may have ended the link
             buffer = self._take(size, pages)
         if buffer is None:
             raise PoolFull(
@@ -324,6 +339,7 @@ class Pool:
                     buffer = self._take(size, pages)
                     if buffer is None and shared is not None:
                         shared.arm()
+                        self._check()
                         buffer = self._take(size, pages)
                     if buffer is not None:
                         return buffer
@@ -684,9 +700,9 @@ class Pool:
         total = sum(length for _, length in transfer.segments)
         where = "" if transfer.offset is None else f" at offset {transfer.offset}"
         what = f"cannot {transfer.operation.text} descriptor {transfer.fd}{where}, {total} bytes"
-        if number == errnos.EINVAL:
-            what += " (with O_DIRECT, offsets and lengths must be multiples of the block size)"
-        return _core.os_error(number, what)
+        if number in _ADVICE:
+            what += f" ({_ADVICE[number]})"
+        return _core.os_error(number, self._where() + what)
 
     # ---- closing ------------------------------------------------------------
 
@@ -712,10 +728,11 @@ class Pool:
         self._begin_close()
         await asyncio.shield(self._closed)
 
-    def _begin_close(self) -> None:
+    def _begin_close(self, *, by_link: bool = False) -> None:
         if self._closing:
             return
         self._closing = True
+        self._closed_by_link = by_link
         for ticket in self._waiting:
             ticket.wake()
         for receiver in list(self._posting):
@@ -789,8 +806,13 @@ class Pool:
         if threading.get_ident() != self._thread:
             raise UsageError("this pool belongs to the thread of the loop in which it was opened")
 
-    def _closed_error(self) -> ClosedError:
-        return ClosedError("this pool was closed here; open another one to go on")
+    def _closed_error(self) -> KucommsError:
+        if self._link is not None and self._closed_by_link:
+            return self._link._closed_error()
+        return ClosedError(f"{self._where()}this pool was closed here; open another one to go on")
+
+    def _where(self) -> str:
+        return "" if self._link is None else f"{self._link.url}: "
 
 
 class Opening:

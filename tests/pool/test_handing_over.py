@@ -888,16 +888,21 @@ async def test_closing_the_link(scheme, closes):
         await asyncio.sleep(0)
         await (link if closes == "owner" else other).aclose()
         await other.aclose()
-        with pytest.raises(KucommsError):
+        over = ClosedError if closes == "owner" else PeerClosedError
+        with pytest.raises(over, match=f"{link.url}: (this link|the other side)"):
             await waiting
         await settled(lambda: link.closed)
         await link.aclose()
         assert pool.closed
+        with pytest.raises(over, match=link.url):
+            pool.allocate(1)
+        with pytest.raises(over, match=link.url):
+            await pool.read(0, mine)
         assert received.data == b"yours"
         assert view == b"mine!"
-        with pytest.raises(ClosedError):
+        with pytest.raises(ClosedError, match=f"{other.url}: this link"):
             await received.pool.read(0, received)
-        with pytest.raises(ClosedError):
+        with pytest.raises(ClosedError, match=f"{other.url}: this link"):
             await other.send(b"", buffers=received)
         received.free()
         del view, mine
@@ -931,7 +936,7 @@ async def test_death_of_who_has_the_buffers():
         waiting = asyncio.create_task(pool.allocate_when_room(2 * PAGE))
         await asyncio.sleep(0)
         await link.send(b"", type=DIE)
-        with pytest.raises(KucommsError):
+        with pytest.raises(PeerClosedError, match=url):
             await waiting
         with pytest.raises(PeerClosedError):
             await link.receive()
@@ -951,7 +956,7 @@ async def test_death_while_a_transfer_is_under_way(engine):
             a.setblocking(False)
             task = asyncio.create_task(buffer.pool.receive(a, buffer))
             await link.send(b"", type=DIE)
-            with pytest.raises(KucommsError):
+            with pytest.raises(PeerClosedError, match=url):
                 await task
             await link.aclose()
         buffer.free()
@@ -1040,7 +1045,7 @@ async def test_closing_while_a_pool_is_opened(scheme):
         await asyncio.sleep(0)
         await other.aclose()
         await link.aclose()
-        with pytest.raises(KucommsError):
+        with pytest.raises((ClosedError, PeerClosedError), match=link.url):
             await opening
         assert of_pools() == set()
 
