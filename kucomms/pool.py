@@ -205,7 +205,7 @@ class Pool:
 
     All methods raise UsageError for what can never work, in another thread than that of the
     loop in which it was opened, and after a fork in the child; ClosedError once it is
-    closed.
+    closed, or the link's error when it has ended with its link.
 
     The buffers of a link's pool can be handed to its peer with messages, and come back with
     messages, or when the peer frees them: see ``Link.send``. A pool of the peer's is that of
