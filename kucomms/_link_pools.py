@@ -8,7 +8,6 @@ import errno
 import struct
 import threading
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kucomms import _core
@@ -33,7 +32,7 @@ from kucomms.exceptions import (
     UsageError,
 )
 from kucomms.message import CarryingMessage, Message
-from kucomms.pool import Buffer, Pool, Received, _Block, _unmapping
+from kucomms.pool import Buffer, Pool, Received, _Block
 from kucomms.transfers import open_engine
 from kucomms.transfers.base import Engine, Transfer
 
@@ -46,8 +45,6 @@ _CARRIED = struct.Struct("=IIQ")  # struct kucomms_carried: pool, page, length
 CARRIED_SIZE = _CARRIED.size
 _NEWS = struct.Struct("=IIQQ")  # struct kucomms_pool_news: number, reserved, size, offset
 _PACE = 16
-_ROOM = -1
-"""The id, which no message can have, of the request of those who wait for room in a pool."""
 
 
 class _NoEngine(Engine):
@@ -92,7 +89,6 @@ class PeerPool(Pool):
         self._shared = shared
         self._number = number
         self._owner_closed = False
-        self._collects_soon = False
 
     def _open_engine(self) -> Engine:
         return _NoEngine(self)
@@ -156,7 +152,7 @@ class PeerPool(Pool):
         if self._closed.done() or threading.get_ident() != self._thread:
             self._collect_later()
         else:
-            self._collect()
+            self._collect_now()
         return True
 
     def _forsake(self, block: _Block) -> None:
@@ -169,23 +165,6 @@ class PeerPool(Pool):
     def _let_go(self, block: _Block) -> None:
         self._idle.append(block)
         self._collect_later()
-
-    def _collect_later(self) -> None:
-        if self._closed.done():
-            with _unmapping:
-                self._collect()
-        elif not self._collects_soon:
-            self._collects_soon = True
-            with suppress(RuntimeError):  # the loop is closed
-                if threading.get_ident() == self._thread:
-                    self._loop.call_soon(self._collect_now)
-                else:
-                    self._loop.call_soon_threadsafe(self._collect_now)
-
-    def _collect_now(self) -> None:
-        self._collects_soon = False
-        with _unmapping:
-            self._collect()
 
     def _return(self, block: _Block) -> None:
         self._forget(block)
@@ -218,8 +197,10 @@ class PeerPool(Pool):
     def _free_all(self) -> None:
         """Those who hold buffers may look at them as long as they like."""
 
-    def _closed_error(self) -> ClosedError:
-        return ClosedError("the link of this pool of the peer's is over, or the peer closed it")
+    def _closed_error(self) -> KucommsError:
+        if self._closed_by_link:
+            return super()._closed_error()
+        return ClosedError(f"{self._where()}the peer has closed this pool of its own")
 
     def __del__(self) -> None:
         if not self._opened or self._forked or self._closed.done():
@@ -266,7 +247,8 @@ class LinkPools:
         self._news: deque[bytes] = deque()
         self._ticket = _Outgoing(self)
         self._queued = False
-        self._waits: set[TaskTicket] = set()
+        # Somebody waits for room. As a request does, that has the link look at what comes.
+        self.waits: set[TaskTicket] = set()
         self._sends = 0
 
     # ---- pools --------------------------------------------------------------
@@ -553,19 +535,16 @@ class LinkPools:
     def look(self) -> None:
         """See what the peer has given back by now."""
         link = self._link
-        link._pump(park=False)
+        link._pump(park=False, past=True)
         if link._inbox and link._endpoint._has_message_handler:
             link._endpoint._make_ready(link)
 
     def begin_wait(self, ticket: TaskTicket) -> None:
         """Somebody waits for room, and ``end_wait`` comes after it."""
-        link = self._link
-        if not self._waits:
-            # As a request does, it has the link look at what comes while nobody receives.
-            link._requests[_ROOM] = link._loop.create_future()
-        self._waits.add(ticket)
-        if link._endpoint._is_handler():
-            link._endpoint._handler_waits.add(ticket.fail)
+        self.waits.add(ticket)
+        endpoint = self._link._endpoint
+        if endpoint._is_handler():
+            endpoint._handler_waits.add(ticket.fail)
 
     def arm(self) -> None:
         """Look, and ask for the doorbell. Raises QueueFull, or why nothing can come."""
@@ -581,12 +560,10 @@ class LinkPools:
 
     def end_wait(self, ticket: TaskTicket) -> None:
         """The end of that."""
-        self._waits.discard(ticket)
+        self.waits.discard(ticket)
         self._link._endpoint._handler_waits.discard(ticket.fail)
-        if not self._waits:
-            self._link._requests.pop(_ROOM, None)
 
     def peer_left(self) -> None:
         """Nothing comes back any more."""
-        for ticket in list(self._waits):
+        for ticket in list(self.waits):
             ticket.wake()

@@ -501,7 +501,7 @@ class Endpoint:
         if link._connection.pools is not None:
             link._connection.pools.end()
         for pool in list(self._pools.get(link, ())):
-            pool._begin_close()
+            pool._begin_close(by_link=True)
         self._events.append(("on_link_close", link, error))
         if self._ends_with_its_link:
             self._stopping = True
@@ -511,6 +511,7 @@ class Endpoint:
         """It is to be closed with the link. Raises the link's error when that is over."""
         if link.closed:
             raise link._closed_error()
+        pool._link = link
         self._pools.setdefault(link, set()).add(pool)
 
         def closed(_: object) -> None:
@@ -961,10 +962,13 @@ class Endpoint:
         """A handler waits: take what has arrived into the backlog, and ask for doorbells.
 
         The links that are neither ready, nor being served, nor new, nor the one that the
-        handler waits for, have been parked before and will ring.
+        handler waits for, have been parked before and will ring. Without a message handler
+        only that one is looked at, as for a task.
         """
         self._backlog_is_full = False
         if not self._has_message_handler:
+            if waits_for is not None:
+                waits_for._rearm()
             return
         if self._serving is not None and self._serving._channel.owing:
             self._owing.add(self._serving)

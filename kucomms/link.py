@@ -8,7 +8,6 @@ import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from time import monotonic
@@ -70,6 +69,8 @@ _Send = Callable[[Any, int | None, int | None, int | None], int]
 
 _FILL, _FILL_BYTES = 128, 1 << 16
 """Messages and bytes that are taken from the ring at once for tasks that await them."""
+_LOOP_WATCH = 0.5
+"""Seconds after which a thread that waits looks whether the loop is closed: nothing tells it."""
 _IDLE_ROUNDS = 16
 """Looks into the ring, between two turns of the loop, that find no message for the backlog."""
 
@@ -101,7 +102,9 @@ class Link:
     handed to the peer with the message: they are gone here once it is sent, and the peer
     frees them, or hands them back. Not sent, and nothing handed over, with ``UsageError``
     for buffers that were freed, are of another pool or link, twice among them, or have a
-    transfer under way; with ``BufferError`` when a view of one is alive.
+    transfer under way; with ``BufferError`` when a view of one is alive. ``buffer.data`` is
+    released by trying: a ``view = buffer.data`` from before is over, also when there was no
+    room, and ``buffer.data`` gives another one.
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection) -> None:
@@ -183,8 +186,7 @@ class Link:
     @property
     def has_turn(self) -> bool:
         """Whether this side may send: it has the turn, or the link has no turns."""
-        channel = self._channel
-        return channel.has_turn and not (self._inbox and channel.turns)
+        return self._channel.has_turn
 
     @property
     def closed(self) -> bool:
@@ -311,9 +313,9 @@ class Link:
         """Send a message from any thread; block while the ring is full.
 
         Waits in the same queue as ``send``. After ``timeout`` seconds it raises
-        ``QueueFull``, and nothing was sent; None waits for ever. In the thread of the
-        endpoint's loop, where waiting would stop what it waits for, it raises
-        ``UsageError`` instead of waiting.
+        ``QueueFull``, and nothing was sent; None waits for ever, or until the loop is
+        closed (``ClosedError``). In the thread of the endpoint's loop, where waiting would
+        stop what it waits for, it raises ``UsageError`` instead of waiting.
         """
         send = self._channel.send_threadsafe
         status = FULL
@@ -349,12 +351,14 @@ class Link:
                         raise self._send_error(status, data)
                     if self._channel.park_send(size):
                         continue
-                remaining = None if deadline is None else deadline - monotonic()
-                if (remaining is not None and remaining <= 0) or not ticket.wait(remaining):
+                pause = _pause_before(deadline)
+                if pause <= 0:
                     raise QueueFull(
                         f"{self._url}: no room in the ring for {timeout} s; the peer does not "
                         "read fast enough"
                     )
+                if not ticket.wait(pause) and self._loop.is_closed():
+                    raise self._loop_over_error()
         finally:
             self._leave_send_queue(ticket)
 
@@ -598,35 +602,48 @@ class Link:
                 f"{self._url}: this is the thread of the endpoint's loop, which must not block; "
                 "use 'await link.receive()' here"
             )
-        # The time-out is the loop's: a future that is given up here may have a message already.
-        receiving = self._receive_within(timeout)
+        deadline = None if timeout is None else monotonic() + timeout
+        wanted = _Wanted()
+        receiving = self._receive_wanted(wanted, waits=timeout is None or timeout > 0)
         try:
             future = asyncio.run_coroutine_threadsafe(receiving, self._loop)
         except RuntimeError:
             receiving.close()
             raise self._loop_over_error() from None
         try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise self._loop_over_error() from None
-        except BaseException:
-            future.cancel()  # when this thread is interrupted
-            raise
-
-    async def _receive_within(self, timeout: float | None) -> Message:
-        if timeout is None:
-            return await self.receive()
-        if timeout > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    return await self.receive()
-        try:
-            return self.receive_nowait()
-        except QueueEmpty:
+            while True:
+                pause = _pause_before(deadline)
+                if pause <= 0 and timeout == 0 and self._loop.is_running():
+                    pause = _LOOP_WATCH  # it has not looked yet
+                done, _ = concurrent.futures.wait([future], max(pause, 0))
+                if done:
+                    break
+                if self._loop.is_closed():
+                    raise self._loop_over_error()
+                if pause <= 0:
+                    break
+        finally:
+            message = wanted.give_up()
+            future.cancel()
+        if message is None and done:
+            try:
+                future.result()
+            except concurrent.futures.CancelledError:
+                raise self._loop_over_error() from None
+        if message is None:
             raise QueueEmpty(
                 f"{self._url}: no message for {timeout} s; the peer has sent none, or others "
                 "receive here, too"
-            ) from None
+            )
+        return message
+
+    async def _receive_wanted(self, wanted: _Wanted, *, waits: bool) -> None:
+        def take() -> Message | None:
+            return wanted.take(self._take)
+
+        self._check_receive()
+        if (self._receive_queue or take() is None) and waits:
+            await self._wait_for(take)
 
     def __aiter__(self) -> AsyncIterator[Message]:
         """Each message as it comes; ends when the link was closed in order."""
@@ -670,6 +687,7 @@ class Link:
         span = len(message.data) + HEADER_SIZE
         self._inbox_bytes -= span
         self._endpoint._backlog_used -= span
+        self._channel.take_turn()  # with turns, of which there is one message at most
         if self._endpoint._starved:
             self._endpoint._backlog_eased()
         return message
@@ -686,7 +704,7 @@ class Link:
         messages: list[Message] = []
         replies: list[Message] = []
         status = self._channel.receive(_FILL, _FILL_BYTES, messages, replies, True)
-        if not self._inbox:
+        if not self._inbox and not self._channel.turns:
             self._inbox.extend(messages)
             self._uncounted = len(messages)
         elif messages:
@@ -1118,19 +1136,25 @@ class Link:
             self._rearm()
 
     def _rearm(self) -> None:
-        """Requests that are pending want the doorbell, and nobody else asks for it."""
-        if self._requests and not self._over and not self._endpoint._has_message_handler:
+        """Who waits for a reply or for room wants the doorbell, and nobody else asks for it."""
+        if self._over or self._endpoint._has_message_handler:
+            return
+        if self._requests or self._waits_for_room():
             self._pump()
 
-    def _pump(self, *, park: bool = True) -> None:
+    def _waits_for_room(self) -> bool:
+        """Whether somebody waits for what the peer gives back of a pool."""
+        pools = self._connection.pools
+        return pools is not None and bool(pools.waits)
+
+    def _pump(self, *, park: bool = True, past: bool = False) -> None:
         """Move what has arrived into the backlog, as far as that may grow, and park.
 
         The backlog bounds messages; after so many rounds without one, the loop has a turn.
 
-        With turns only replies are taken. A message stays where it is until somebody receives
-        it, for then the turn comes: here it would come when nobody knows of it.
+        With turns only replies are taken, and a message stays where it is, unless it is in the
+        way: ``past``, or when somebody waits for room, what is behind it is looked for.
         """
-        turns = self._channel.turns
         looked_again = False
         idle_rounds = 0
         while not self._over:
@@ -1140,7 +1164,8 @@ class Link:
             messages: list[Message] = []
             replies: list[Message] = []
             budget = self._endpoint._backlog_limit - self._endpoint._backlog_used
-            if turns:
+            stays = self._channel.turns and not (past or self._waits_for_room())
+            if stays:
                 budget = 0
             status = self._channel.receive(64, max(budget, 0), messages, replies, False)
             if messages:
@@ -1164,7 +1189,7 @@ class Link:
                     self._endpoint._backlog_filled(self)
                 return
             if looked_again:  # there is something, and it does not fit
-                if not turns:
+                if not stays:
                     self._endpoint._backlog_filled(self)
                 elif self._receive_queue:
                     self._receive_queue[0].wake()
@@ -1184,6 +1209,7 @@ class Link:
             self._loop.call_soon(look)
 
     def _add_to_inbox(self, messages: list[Message]) -> None:
+        self._channel.hold_turn()  # until they are received
         self._inbox.extend(messages)
         size = _bytes_of(messages)
         self._inbox_bytes += size
@@ -1213,8 +1239,8 @@ class Link:
 
     def _loop_over_error(self) -> ClosedError:
         return ClosedError(
-            f"{self._url}: the loop of the endpoint has ended, and nothing can be received without "
-            "it; connect again in another loop"
+            f"{self._url}: the loop of the endpoint has ended, and nothing can be waited for "
+            "without it; connect again in another loop"
         )
 
     def _backlog_error(self) -> QueueFull:
@@ -1271,8 +1297,10 @@ class Link:
             )
         if status == OUT_OF_TURN:
             return OutOfTurnError(
-                f"{self._url}: it is the other side's turn to send; receive its message first, "
-                "which brings the turn here"
+                f"{self._url}: a loan is out, which has taken the turn; finish the loan first"
+                if self._channel.loans
+                else f"{self._url}: it is the other side's turn to send; receive its message "
+                "first, which brings the turn here"
             )
         if status == NO_TOKEN:
             return UsageError(
@@ -1282,6 +1310,34 @@ class Link:
         if status == TOO_MANY_LOANS:
             return QueueFull(f"{self._url}: too many loans are out; finish one first")
         return TransportError(0, f"{self._url}: unexpected status {status}")
+
+
+class _Wanted:
+    """What a thread receives: a message is taken only for one that has not given up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._message: Message | None = None
+
+    def take(self, take: Callable[[], Message | None]) -> Message | None:
+        """In the loop."""
+        with self._lock:
+            if self._given_up:
+                raise asyncio.CancelledError
+            self._message = take()
+            return self._message
+
+    def give_up(self) -> Message | None:
+        """In the thread: what was taken, and nothing more will be."""
+        with self._lock:
+            self._given_up = True
+            return self._message
+
+
+def _pause_before(deadline: float | None) -> float:
+    """For how long a thread sleeps at once; not positive after the deadline."""
+    return _LOOP_WATCH if deadline is None else min(_LOOP_WATCH, deadline - monotonic())
 
 
 def _bytes_of(messages: Iterable[Message]) -> int:

@@ -41,6 +41,17 @@ _CANCEL_AGAIN = 0.1
 """Seconds after which a closing pool asks again to cancel what is still under way, at first."""
 
 
+_ADVICE = {
+    errnos.EBADF: "it has to be open, and for this direction, until the transfer has ended",
+    errnos.EFBIG: "a file cannot be so large here; see 'ulimit -f', or use a smaller offset",
+    errnos.EINVAL: "with O_DIRECT, offsets and lengths must be multiples of the block size",
+    errnos.EISDIR: "open a file in it",
+    errnos.ENOTCONN: "connect the socket first",
+    errnos.ENOTSOCK: "use read() and write() for what is no socket",
+    errnos.ESPIPE: "pipes and sockets have no offset; leave it out",
+}
+
+
 class Completion(msgspec.Struct, frozen=True):
     """How a transfer ended."""
 
@@ -191,7 +202,7 @@ class Pool:
 
     All methods raise UsageError for what can never work, in another thread than that of the
     loop in which it was opened, and after a fork in the child; ClosedError once it is
-    closed.
+    closed, or the link's error when it has ended with its link.
 
     The buffers of a link's pool can be handed to its peer with messages, and come back with
     messages, or when the peer frees them: see ``Link.send``. A pool of the peer's is that of
@@ -204,6 +215,9 @@ class Pool:
         # of a link's pool, when its buffers can be handed to the peer
         self._shared: LinkPools | None = None
         self._number = -1
+        # with which it is closed
+        self._link: Link | None = None
+        self._closed_by_link = False
         # what the peer has, by first page
         self._out: dict[int, _Block] = {}
         self._handed_over = 0
@@ -214,6 +228,8 @@ class Pool:
         self._blocks: set[_Block] = set()
         # blocks that something has let go of, in whatever thread
         self._idle: deque[_Block] = deque()
+        self._collecting = False
+        self._collects_soon = False
         self._waiting: deque[TaskTicket] = deque()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -291,6 +307,7 @@ class Pool:
         buffer = None if self._waiting else self._take(size, pages)
         if buffer is None and self._shared is not None and self._out and not self._waiting:
             self._shared.look()
+            self._check()  # what it has seen may have ended the link
             buffer = self._take(size, pages)
         if buffer is None:
             raise PoolFull(
@@ -319,6 +336,7 @@ class Pool:
                     buffer = self._take(size, pages)
                     if buffer is None and shared is not None:
                         shared.arm()
+                        self._check()
                         buffer = self._take(size, pages)
                     if buffer is not None:
                         return buffer
@@ -387,33 +405,49 @@ class Pool:
         self._free(block)
 
     def _let_go(self, block: _Block) -> None:
+        """Perhaps from within anything, also from within ``_collect``: the loop does the rest."""
         self._idle.append(block)
+        if self._waiting or self._closed.done():
+            self._collect_later()
+
+    def _collect_later(self) -> None:
         if self._closed.done():
             with _unmapping:
                 self._collect()
-        elif self._waiting:
-            if threading.get_ident() == self._thread:
-                self._collect_and_wake()
-            elif not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._collect_and_wake)
+        elif not self._collects_soon:
+            self._collects_soon = True
+            with suppress(RuntimeError):  # the loop is closed
+                if threading.get_ident() == self._thread:
+                    self._loop.call_soon(self._collect_now)
+                else:
+                    self._loop.call_soon_threadsafe(self._collect_now)
 
-    def _collect_and_wake(self) -> None:
-        self._collect()
+    def _collect_now(self) -> None:
+        self._collects_soon = False
+        with _unmapping:
+            self._collect()
         self._wake_waiting()
 
     def _collect(self) -> None:
         """Give back the pages that nobody needs any more.
 
-        In the loop's thread only, until it is closed.
+        In the loop's thread only, until it is closed. The garbage collector may run in the
+        middle of it, and what that lets go of once the pool is closed comes here again.
         """
-        while self._idle:
-            block = self._idle.popleft()
-            unused = block.freed and not block.transfers and not block.viewed()
-            if unused and block in self._blocks:
-                self._blocks.remove(block)
-                block.watch = None
-                self._allocated -= block.pages * PAGE
-                self._return(block)
+        if self._collecting:
+            return
+        self._collecting = True
+        try:
+            while self._idle:
+                block = self._idle.popleft()
+                unused = block.freed and not block.transfers and not block.viewed()
+                if unused and block in self._blocks:
+                    self._blocks.remove(block)
+                    block.watch = None
+                    self._allocated -= block.pages * PAGE
+                    self._return(block)
+        finally:
+            self._collecting = False
         if self._closed.done() and not self._blocks and self in _lingering:
             _lingering.remove(self)
             self._memory.close()
@@ -663,9 +697,9 @@ class Pool:
         total = sum(length for _, length in transfer.segments)
         where = "" if transfer.offset is None else f" at offset {transfer.offset}"
         what = f"cannot {transfer.operation.text} descriptor {transfer.fd}{where}, {total} bytes"
-        if number == errnos.EINVAL:
-            what += " (with O_DIRECT, offsets and lengths must be multiples of the block size)"
-        return _core.os_error(number, what)
+        if number in _ADVICE:
+            what += f" ({_ADVICE[number]})"
+        return _core.os_error(number, self._where() + what)
 
     # ---- closing ------------------------------------------------------------
 
@@ -686,10 +720,11 @@ class Pool:
         self._begin_close()
         await asyncio.shield(self._closed)
 
-    def _begin_close(self) -> None:
+    def _begin_close(self, *, by_link: bool = False) -> None:
         if self._closing:
             return
         self._closing = True
+        self._closed_by_link = by_link
         for ticket in self._waiting:
             ticket.wake()
         for receiver in list(self._posting):
@@ -763,8 +798,13 @@ class Pool:
         if threading.get_ident() != self._thread:
             raise UsageError("this pool belongs to the thread of the loop in which it was opened")
 
-    def _closed_error(self) -> ClosedError:
-        return ClosedError("this pool was closed here; open another one to go on")
+    def _closed_error(self) -> KucommsError:
+        if self._link is not None and self._closed_by_link:
+            return self._link._closed_error()
+        return ClosedError(f"{self._where()}this pool was closed here; open another one to go on")
+
+    def _where(self) -> str:
+        return "" if self._link is None else f"{self._link.url}: "
 
 
 class Opening(Once[Pool]):

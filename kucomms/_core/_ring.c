@@ -77,6 +77,7 @@ typedef struct channel_object {
 	int unmap_wanted;
 	unsigned int users;		/* loans and borrows whose bytes are in use */
 	unsigned int loans;
+	int holds_turn;		/* see hold_turn() */
 	unsigned int loan_limit;
 	unsigned int sends;		/* that might have paused */
 	int owing;			/* the peer was not told of its space */
@@ -807,6 +808,37 @@ static PyObject *channel_on_frame(ChannelObject *self, PyObject *callback)
 
 	self->frames = Py_NewRef(callback);
 	Py_XDECREF(old);
+	Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(channel_hold_turn_doc,
+"hold_turn()\n\nA message was taken that nobody has received yet: the turn that it has\n"
+"brought waits for take_turn(). Nothing without turns.");
+
+static PyObject *channel_hold_turn(ChannelObject *self, PyObject *unused)
+{
+	struct kucomms_channel *channel = self->channel;
+
+	(void)unused;
+	/* A thread may have sent already: then there is none. */
+	if (kucomms_channel_has_turns(channel) &&
+	    kucomms_channel_has_turn(channel)) {
+		self->holds_turn = 1;
+		kucomms_channel_set_turn(channel, KUCOMMS_TURN_THEIRS);
+	}
+	Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(channel_take_turn_doc,
+"take_turn()\n\nThe message of hold_turn() is received.");
+
+static PyObject *channel_take_turn(ChannelObject *self, PyObject *unused)
+{
+	(void)unused;
+	if (self->holds_turn) {
+		self->holds_turn = 0;
+		kucomms_channel_set_turn(self->channel, KUCOMMS_TURN_OURS);
+	}
 	Py_RETURN_NONE;
 }
 
@@ -1725,6 +1757,8 @@ static PyMethodDef channel_methods[] = {
 	       channel_send_many_doc),
 	METHOD("reserve", channel_reserve, METH_FASTCALL, channel_reserve_doc),
 	METHOD("receive", channel_receive, METH_FASTCALL, channel_receive_doc),
+	METHOD("hold_turn", channel_hold_turn, METH_NOARGS, channel_hold_turn_doc),
+	METHOD("take_turn", channel_take_turn, METH_NOARGS, channel_take_turn_doc),
 	METHOD("wake_producer", channel_wake_producer, METH_NOARGS,
 	       channel_wake_producer_doc),
 	METHOD("serve", channel_serve, METH_FASTCALL, channel_serve_doc),
@@ -1768,6 +1802,8 @@ PyDoc_STRVAR(channel_doc,
 "send_threadsafe and the two for parking sends belongs to the thread of attach().");
 
 static PyMemberDef channel_members[] = {
+	{ "loans", T_UINT, offsetof(ChannelObject, loans), READONLY,
+	  "that are out" },
 	{ "calls", T_ULONGLONG, offsetof(ChannelObject, calls), READONLY,
 	  "of handlers, by serve()" },
 	{ "polls_hit", T_ULONGLONG, offsetof(ChannelObject, polls_hit),

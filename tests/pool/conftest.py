@@ -10,6 +10,8 @@ from contextlib import suppress
 
 import pytest
 
+from kucomms import _extents
+
 
 def _io_uring_works():
     """Asked of the kernel and not of the pool, whose mistakes would leave tests out."""
@@ -56,6 +58,22 @@ def of_pools(*names):
     with open("/proc/self/maps") as maps:
         found |= {tuple(line.split(maxsplit=5)) for line in maps}
     return {one for one in found if any(name in one[-1] for name in ("kucomms_pool", *names))}
+
+
+@pytest.fixture
+def collector_in_the_tables(monkeypatch):
+    """The garbage collector runs whenever the tables of free pages are half updated."""
+    class_of = _extents._class_of
+
+    def collect_and_class_of(pages):
+        gc.collect()
+        return class_of(pages)
+
+    gc.collect()
+    gc.freeze()  # with all that is here already it would take its time
+    monkeypatch.setattr(_extents, "_class_of", collect_and_class_of)
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import socket
 import pytest
 import pytest_asyncio
 
-from kucomms import Completion, TransportError, UsageError, open_pool
+from kucomms import ClosedError, Completion, Endpoint, TransportError, UsageError, open_pool
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("engine")]
 
@@ -59,6 +59,27 @@ async def fails(number, awaitable):
         await awaitable
     assert caught.value.errno == number
     assert os.strerror(number) in str(caught.value)
+
+
+async def test_errors_say_where_and_what_to_do():
+    async with Endpoint("a") as endpoint, Endpoint("b") as other:
+        await endpoint.listen("inproc://bad_input")
+        link = await other.connect("inproc://bad_input")
+        pool = await link.open_pool(PAGE)
+        read, write = os.pipe()
+        with pool.allocate(10) as buffer:
+            for transfer, advice in (
+                (pool.read(-1, buffer), "has to be open"),
+                (pool.read(read, buffer, 5), "have no offset"),
+                (pool.receive(read, buffer), "no socket"),
+            ):
+                with pytest.raises(TransportError, match=rf"{link.url}: cannot .*{advice}"):
+                    await transfer
+        os.close(read)
+        os.close(write)
+        await pool.aclose()
+        with pytest.raises(ClosedError, match=f"{link.url}: this pool was closed here"):
+            pool.allocate(1)
 
 
 async def test_closed_descriptors(pool, closed):

@@ -79,6 +79,20 @@ def news(number, size=0, *, reserved=0, offset=0):
     return struct.pack("<IIQQ", number, reserved, size, offset)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+@roles
+async def test_who_allocates_finds_the_fault(role, name, waits):
+    """There is room by then, but in a pool that is no more."""
+    async with sharing(role, name) as (link, peer, out, _, _):
+        (pool,) = link._connection.pools._ours.values()
+        with pool.allocate(PAGE):
+            peer.buffers(out, flags=NOTICE)
+            peer.buffers((peer.own, 9, 1))
+            peer.publish()
+            with pytest.raises(ProtocolError, match=link.url):
+                await pool.allocate_when_room(1) if waits else pool.allocate(1)
+
+
 FAULTS = {
     # of its own pool
     "page_behind_the_end": lambda peer, _: peer.buffers((peer.own, 4, 1)),

@@ -12,6 +12,7 @@ import pytest
 
 import kucomms
 from kucomms import ClosedError, PoolFull, TransportError, UsageError, _pool_memory, open_pool
+from tests.pool.conftest import of_pools
 
 pytestmark = pytest.mark.asyncio
 
@@ -145,6 +146,40 @@ async def test_room_made_by_another_thread_is_heard_of():
         thread.start()
         (await asyncio.wait_for(task, 10)).free()
         thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("what", ["buffer", "view"])
+async def test_what_the_collector_finds_while_pages_are_given_back(collector_in_the_tables, what):
+    """Somebody waits for room: he gets it later, and the tables stay whole."""
+    async with open_pool(16 * PAGE) as pool:
+        buffers = [pool.allocate(PAGE) for _ in range(16)]
+        waiting = asyncio.create_task(pool.allocate_when_room(16 * PAGE))
+        await asyncio.sleep(0)
+        for at in range(1, 16, 2):
+            cycle = [buffers[at]] if what == "buffer" else [buffers[at].data[1:]]
+            cycle.append(cycle)
+            if what == "view":
+                with pytest.raises(BufferError):
+                    buffers[at].free()
+            buffers[at] = cycle = None
+            buffers[at - 1].free()
+        (await asyncio.wait_for(waiting, 10)).free()
+        assert pool.statistics().allocated == 0
+        assert pool._extents.runs() == [(0, 16)]
+
+
+async def test_what_the_collector_finds_in_a_pool_that_is_closed(collector_in_the_tables):
+    pool = await open_pool(4 * PAGE)
+    buffers = [pool.allocate(PAGE) for _ in range(4)]
+    views = [buffer.data[1:] for buffer in buffers]
+    await pool.aclose()
+    for at in (1, 3):
+        cycle = [views[at]]
+        cycle.append(cycle)
+        views[at] = cycle = None
+        views[at - 1] = None
+    assert of_pools() == set()
 
 
 async def test_freed_twice_is_fine_and_used_after_it_is_not():

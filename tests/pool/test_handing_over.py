@@ -19,7 +19,7 @@ import kucomms
 from kucomms import (
     ClosedError,
     Endpoint,
-    KucommsError,
+    HeaderValueError,
     Message,
     MessageTooLargeError,
     PeerClosedError,
@@ -28,7 +28,7 @@ from kucomms import (
     TransportError,
     UsageError,
 )
-from tests.pool.conftest import of_pools
+from tests.pool.conftest import of_pools, turns
 from tests.pool.partner import (
     CLOSE_POOL,
     DIE,
@@ -329,6 +329,84 @@ async def test_a_handler_whose_backlog_is_full_does_not_wait_for_ever(scheme, fu
         message.buffers[0].free()
         all_sent.set()
         assert "backlog" in str(await failed)
+
+
+async def test_what_the_collector_finds_while_pages_are_given_back(
+    scheme, collector_in_the_tables
+):
+    """Buffers that came back, and that nobody kept."""
+    async with linked(scheme) as (link, other), await link.open_pool(16 * PAGE) as pool:
+        for number in range(16):
+            await link.send(b"", buffers=pool.allocate(PAGE))
+            await other.send(b"%d" % number, buffers=(await other.receive()).buffers)
+        back = [(await link.receive()).buffers[0] for _ in range(16)]
+        waiting = asyncio.create_task(pool.allocate_when_room(16 * PAGE))
+        await asyncio.sleep(0)
+        for at in range(1, 16, 2):
+            cycle = [back[at]]
+            cycle.append(cycle)
+            back[at] = cycle = None
+            back[at - 1].free()
+        (await asyncio.wait_for(waiting, 10)).free()
+        assert pool.statistics().allocated == 0
+        assert pool._extents.runs() == [(0, 16)]
+
+
+@pytest.mark.parametrize("what", ["room", "request"])
+@pytest.mark.parametrize(
+    "kind", ["on_timer", "on_work", "on_link_open", "on_link_close", "on_error"]
+)
+async def test_handlers_that_wait_where_nobody_handles_messages(scheme, kind, what):
+    """They look for themselves at what comes."""
+    done = asyncio.get_running_loop().create_future()
+
+    async def answer(message, link):
+        await turns()  # he waits by now
+        if message.buffers:
+            message.buffers[0].free()
+        else:
+            await link.reply(message, b"reply")
+
+    async def wait(*_):
+        if done.done():
+            return
+        try:
+            async with asyncio.timeout(5):
+                if what == "request":
+                    await link.request(b"")
+                else:
+                    await link.send(b"", buffers=pool.allocate(PAGE))
+                    (await pool.allocate_when_room(PAGE)).free()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    url = new_url(scheme)
+    async with (
+        Endpoint("answers", on_message=answer) as other,
+        Endpoint("waits", timer_hz=100, busy_poll=0) as endpoint,
+    ):
+        await other.listen(url)
+        link = await endpoint.connect(url)
+        pool = await link.open_pool(PAGE)
+        getattr(endpoint, kind)(wait)
+        if kind == "on_error":
+            endpoint.on_timer(lambda _: 1 / 0)
+        if kind.startswith("on_link"):
+            await (await endpoint.connect(url)).aclose()
+        await done
+
+
+async def test_no_request_has_the_id_of_those_who_wait_for_room(scheme):
+    async with linked(scheme) as (link, other), await link.open_pool(PAGE) as pool:
+        await link.send(b"", buffers=pool.allocate(1))
+        waiting = asyncio.create_task(pool.allocate_when_room(1))
+        await asyncio.sleep(0)
+        with pytest.raises(HeaderValueError):
+            await link.request(b"", id=-1)
+        (await other.receive()).buffers[0].free()
+        (await waiting).free()
 
 
 async def test_waiting_for_room_ends_with_the_peer(scheme):
@@ -810,16 +888,21 @@ async def test_closing_the_link(scheme, closes):
         await asyncio.sleep(0)
         await (link if closes == "owner" else other).aclose()
         await other.aclose()
-        with pytest.raises(KucommsError):
+        over = ClosedError if closes == "owner" else PeerClosedError
+        with pytest.raises(over, match=f"{link.url}: (this link|the other side)"):
             await waiting
         await settled(lambda: link.closed)
         await link.aclose()
         assert pool.closed
+        with pytest.raises(over, match=link.url):
+            pool.allocate(1)
+        with pytest.raises(over, match=link.url):
+            await pool.read(0, mine)
         assert received.data == b"yours"
         assert view == b"mine!"
-        with pytest.raises(ClosedError):
+        with pytest.raises(ClosedError, match=f"{other.url}: this link"):
             await received.pool.read(0, received)
-        with pytest.raises(ClosedError):
+        with pytest.raises(ClosedError, match=f"{other.url}: this link"):
             await other.send(b"", buffers=received)
         received.free()
         del view, mine
@@ -853,7 +936,7 @@ async def test_death_of_who_has_the_buffers():
         waiting = asyncio.create_task(pool.allocate_when_room(2 * PAGE))
         await asyncio.sleep(0)
         await link.send(b"", type=DIE)
-        with pytest.raises(KucommsError):
+        with pytest.raises(PeerClosedError, match=url):
             await waiting
         with pytest.raises(PeerClosedError):
             await link.receive()
@@ -873,7 +956,7 @@ async def test_death_while_a_transfer_is_under_way(engine):
             a.setblocking(False)
             task = asyncio.create_task(buffer.pool.receive(a, buffer))
             await link.send(b"", type=DIE)
-            with pytest.raises(KucommsError):
+            with pytest.raises(PeerClosedError, match=url):
                 await task
             await link.aclose()
         buffer.free()
@@ -962,7 +1045,7 @@ async def test_closing_while_a_pool_is_opened(scheme):
         await asyncio.sleep(0)
         await other.aclose()
         await link.aclose()
-        with pytest.raises(KucommsError):
+        with pytest.raises((ClosedError, PeerClosedError), match=link.url):
             await opening
         assert of_pools() == set()
 

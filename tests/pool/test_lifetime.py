@@ -17,7 +17,7 @@ import pytest
 import uvloop
 
 import kucomms
-from kucomms import ClosedError, Completion, PoolFull, UsageError, open_pool
+from kucomms import ClosedError, Completion, PeerClosedError, PoolFull, UsageError, open_pool
 from tests.pool.conftest import of_pools, turns
 from tests.transports.processes import in_child
 
@@ -195,7 +195,7 @@ async def test_a_peer_that_leaves_closes_the_pools_of_the_link():
         async with kucomms.connect("inproc://pool") as link, link.open_pool(PAGE) as pool:
             await server.aclose()
             await link.wait_closed()
-            with pytest.raises(ClosedError):
+            with pytest.raises(PeerClosedError, match=link.url):
                 pool.allocate(1)
 
 

@@ -352,6 +352,11 @@ async def test_a_late_reply_at_the_moment_of_the_timeout(url):
         request.cancel()  # the future is cancelled with it, the task has not heard of it yet
         await owner.reply(asked, b"late")
         user._look()
+        assert not user.has_turn
+        with pytest.raises(OutOfTurnError):
+            user.send_nowait(b"")
+        with pytest.raises(OutOfTurnError):
+            await asyncio.to_thread(user.send_threadsafe, b"")
         assert (await receive(user)).data == b"late"
         with pytest.raises(asyncio.CancelledError):
             await request
@@ -619,11 +624,69 @@ async def test_a_message_with_buffers_passes_the_turn(url):
         theirs = await hand_over()
         await owner.send(b"")
         theirs.free()  # out of turn
-        await receive(user)
         async with asyncio.timeout(PATIENCE):
             (await pool.allocate_when_room(100)).free()
+        await turns.nothing_can_be_sent(user)
+        assert not user.has_turn
+        await receive(user)
         assert user.has_turn
         assert not owner.has_turn
+
+
+@pytest.mark.parametrize("how", ["at once", "task", "meanwhile", "handler"])
+async def test_room_behind_a_message_that_nobody_has_received(url, how):
+    """It is looked past; the turn comes when it is received."""
+    got = asyncio.get_running_loop().create_future()
+
+    async def handle(message, link):
+        if message.data == b"answer":
+            got.set_result(link.has_turn)
+            return
+        pool = await link.open_pool(100)
+        await link.send(b"", buffers=pool.allocate(100))
+        async with asyncio.timeout(5):
+            (await pool.allocate_when_room(100)).free()
+        with pytest.raises(OutOfTurnError):
+            link.send_nowait(b"")
+
+    async def answer(link):
+        message = await receive(link)
+        if how == "meanwhile":
+            for _ in range(50):
+                await asyncio.sleep(0)
+        await link.send(b"answer")
+        message.buffers[0].free()
+
+    if how == "handler":
+        async with Endpoint("handles", on_message=handle) as endpoint:
+            endpoint.on_error(lambda error, _: got.set_exception(error))
+            async with listening(url) as (_owner, links):
+                link = await endpoint.connect(url, timeout=PATIENCE)
+                owner = await links.get()
+                await link.send(b"")
+                await receive(owner)
+                await owner.send(b"go")
+                await answer(owner)
+                assert await got
+        return
+    async with pair(url) as (user, owner), user.open_pool(100) as pool:
+        await user.send(b"", buffers=pool.allocate(100))
+        answering = asyncio.ensure_future(answer(owner))
+        if how != "meanwhile":
+            await answering
+        async with asyncio.timeout(5):
+            (pool.allocate(100) if how == "at once" else await pool.allocate_when_room(100)).free()
+        await turns.nothing_can_be_sent(user)
+        assert (await receive(user)).data == b"answer"
+        await user.send(b"next")
+        assert (await receive(owner)).data == b"next"
+        await answering
+
+
+async def test_a_loan_has_the_turn(url):
+    async with pair(url) as (user, _owner):
+        with user.loan(1), pytest.raises(OutOfTurnError, match="finish the loan first"):
+            user.send_nowait(b"")
 
 
 async def test_buffers_out_of_turn_stay_here(url):

@@ -3,6 +3,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -507,3 +509,64 @@ async def test_python_code_that_runs_inside_the_core_may_close_the_link():
                     await link.receive()
         finally:
             gc.set_threshold(*thresholds)
+
+
+_WAIT_FOR_A_LOOP = """
+import asyncio, os, queue, sys, threading, uvloop
+import kucomms
+
+how, which = sys.argv[1:]
+loop = {"asyncio": asyncio, "uvloop": uvloop}[which].new_event_loop()
+
+async def start():
+    endpoint = await kucomms.Endpoint("idle").__aenter__()
+    await endpoint.listen("inproc://stopped")
+    link = await kucomms.connect("inproc://stopped")
+    while how == "send" and link.tx_free > 1000:
+        await link.send(bytes(500))
+    return endpoint, link
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0)
+
+endpoint, link = loop.run_until_complete(start())
+ended = queue.Queue()
+
+def wait(timeout):
+    try:
+        if how == "receive":
+            link.receive_threadsafe(timeout)
+        else:
+            link.send_threadsafe(bytes(2000), timeout=timeout)
+    except kucomms.KucommsError as error:
+        ended.put(error)
+
+def begin(timeout):
+    threading.Thread(target=wait, args=[timeout], daemon=True).start()
+
+for timeout in (0, 0.05):
+    begin(timeout)
+    print(type(ended.get(timeout=10)).__name__)
+if how == "receive":  # who gave up takes no message
+    loop.run_until_complete(endpoint.links[0].send(b"there"))
+    for _ in range(10):
+        loop.run_until_complete(asyncio.sleep(0))
+    print(loop.run_until_complete(link.receive()).data)
+begin(None)
+loop.run_until_complete(until(lambda: link._receive_queue or link._send_queue))
+loop.close()
+error = ended.get(timeout=10)
+print(type(error).__name__, "loop of the endpoint has ended" in str(error), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("which", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("how", ["receive", "send"])
+def test_threads_that_wait_for_a_loop_that_does_not_run(which, how):
+    """Their time-out is kept; when the loop is closed, they hear of that."""
+    command = [sys.executable, "-c", _WAIT_FOR_A_LOOP, how, which]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    full = ["QueueFull"] * 2 if how == "send" else ["QueueEmpty", "QueueEmpty", "b'there'"]
+    assert ended.stdout.splitlines() == [*full, "ClosedError True"], ended.stderr
