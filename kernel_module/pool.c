@@ -266,7 +266,11 @@ static s64 next_number(struct kucomms_pools *pools, u32 side)
 	return -EMFILE;
 }
 
-static int add_pool(struct kucomms_pool *pool, u32 side)
+/*
+ * Return: its number, or -EMFILE. The user can guess the number and close the pool,
+ * so who has no reference must not touch it any more.
+ */
+static s64 add_pool(struct kucomms_pool *pool, u32 side)
 {
 	struct kucomms_pools *pools = pool->channel->pools;
 	s64 number;
@@ -280,37 +284,33 @@ static int add_pool(struct kucomms_pool *pool, u32 side)
 		smp_store_release(slot_of(pools, number), pool);
 	}
 	spin_unlock(&pools->lock);
-	return number < 0 ? number : 0;
+	return number;
 }
 
-/* A new pool in a slot. */
-static struct kucomms_pool *open_pool(struct kucomms_channel *channel, u64 size,
-				      u32 flags, u32 side)
+/* A new pool in a slot, in @pool. Return: as add_pool(), or another -errno. */
+static s64 open_pool(struct kucomms_channel *channel, u64 size, u32 flags,
+		     u32 side, struct kucomms_pool **pool)
 {
 	struct kucomms_pools *pools = channel->pools;
-	struct kucomms_pool *pool;
 	s64 number;
-	int err;
 
 	if (!pools)
-		return ERR_PTR(-EOPNOTSUPP);
+		return -EOPNOTSUPP;
 	/* Before all that memory is taken in vain. */
 	spin_lock(&pools->lock);
 	number = next_number(pools, side);
 	spin_unlock(&pools->lock);
 	if (number < 0)
-		return ERR_PTR(number);
-	pool = pool_new(channel, size, flags);
-	if (IS_ERR(pool))
-		return pool;
+		return number;
+	*pool = pool_new(channel, size, flags);
+	if (IS_ERR(*pool))
+		return PTR_ERR(*pool);
 	/* Of the module's pool there will be news. */
-	refcount_set(&pool->refs, side ? 1 : 2);
-	err = add_pool(pool, side);
-	if (err) {
-		pool_free(pool);
-		return ERR_PTR(err);
-	}
-	return pool;
+	refcount_set(&(*pool)->refs, side ? 1 : 2);
+	number = add_pool(*pool, side);
+	if (number < 0)
+		pool_free(*pool);
+	return number;
 }
 
 /* A pool that the user has closed: was all received that names it? */
@@ -438,6 +438,7 @@ long kucomms_ioctl_open_pool(struct kucomms_channel *channel,
 {
 	struct kucomms_pool_request request;
 	struct kucomms_pool *pool;
+	s64 number;
 
 	if (copy_from_user(&request, argument, sizeof(request)))
 		return -EFAULT;
@@ -447,12 +448,11 @@ long kucomms_ioctl_open_pool(struct kucomms_channel *channel,
 	/* So that nothing has to be undone if the answer cannot be given. */
 	if (copy_to_user(argument, &request, sizeof(request)))
 		return -EFAULT;
-	pool = open_pool(channel, request.size, request.flags, 1);
-	if (IS_ERR(pool))
-		return PTR_ERR(pool);
-	/* From here on, another thread may have it closed. */
-	request.number = pool->number;
-	request.offset = offset_of(request.number);
+	number = open_pool(channel, request.size, request.flags, 1, &pool);
+	if (number < 0)
+		return number;
+	request.number = number;
+	request.offset = offset_of(number);
 	return copy_to_user(argument, &request, sizeof(request)) ? -EFAULT : 0;
 }
 
@@ -662,12 +662,14 @@ struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
 				       u64 size, u32 flags)
 {
 	struct kucomms_pool *pool;
+	s64 number;
 
 	if (size > KUCOMMS_POOL_MAX)
 		return ERR_PTR(-EINVAL);
-	pool = open_pool(channel, PAGE_ALIGN(size), flags, 0);
-	if (!IS_ERR(pool))
-		tell(pool, &pool->opened);
+	number = open_pool(channel, PAGE_ALIGN(size), flags, 0, &pool);
+	if (number < 0)
+		return ERR_PTR(number);
+	tell(pool, &pool->opened);
 	return pool;
 }
 EXPORT_SYMBOL_GPL(kucomms_open_pool);
