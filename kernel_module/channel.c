@@ -469,12 +469,23 @@ int kucomms_channel_check_turn(const struct kucomms_channel *channel,
 
 /* ---- sending ------------------------------------------------------------- */
 
+static int why_closed(const struct kucomms_channel *channel)
+{
+	return test_bit(KUCOMMS_BROKEN, &channel->state) ? -EPROTO : -ESHUTDOWN;
+}
+
+/* Why the user takes and gives nothing any more, or 0. Any context. */
+int kucomms_channel_user_error(const struct kucomms_channel *channel)
+{
+	return test_bit(KUCOMMS_USER_GONE, &channel->state) ?
+		       why_closed(channel) : 0;
+}
+
 /* Why nothing can be sent, or 0. As the only sender, or with the lock held. */
 static int closed(struct kucomms_channel *channel)
 {
-	if (channel->tx_open && !test_bit(KUCOMMS_USER_GONE, &channel->state))
-		return 0;
-	return test_bit(KUCOMMS_BROKEN, &channel->state) ? -EPROTO : -ESHUTDOWN;
+	return channel->tx_open ? kucomms_channel_user_error(channel) :
+				  why_closed(channel);
 }
 
 static void count_sent(struct kucomms_channel *channel, u32 length)

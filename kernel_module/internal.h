@@ -386,6 +386,7 @@ void kucomms_channel_signal(struct kucomms_channel *channel);
 void kucomms_channel_broken(struct kucomms_channel *channel);
 void kucomms_channel_lose_user(struct kucomms_channel *channel);
 void kucomms_channel_user_gone(struct kucomms_channel *channel);
+int kucomms_channel_user_error(const struct kucomms_channel *channel);
 __poll_t kucomms_channel_events(struct kucomms_channel *channel);
 bool kucomms_channel_pay(struct kucomms_channel *channel);
 bool kucomms_channel_room(struct kucomms_channel *channel);

@@ -718,7 +718,8 @@ static unsigned long use(struct kucomms_pool *pool, unsigned long count)
  * Any context but NMI; the time grows with the pages of the pool. Return: the
  * buffer, or an error pointer: -ENOBUFS when there is no room for it now (the work
  * callback is called when the user has given something back), -EMSGSIZE when there
- * never is, -EINVAL.
+ * never is, -EINVAL; when there is no room and the user is gone, what kucomms_send()
+ * says then.
  */
 struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
 {
@@ -740,7 +741,9 @@ struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
 		page = use(pool, pages_for(length));
 	}
 	if (page == pool->page_count)
-		return ERR_PTR(-ENOBUFS);
+		/* Nobody gives back any more: a retry would never end. */
+		return ERR_PTR(kucomms_channel_user_error(pool->channel) ?:
+			       -ENOBUFS);
 	refcount_inc(&pool->refs);
 	buffer = &pool->buffers[page];
 	buffer->pool = pool;
