@@ -313,13 +313,21 @@ static s64 open_pool(struct kucomms_channel *channel, u64 size, u32 flags,
 	return number;
 }
 
-/* A pool that the user has closed: was all received that names it? */
-static void let_go_if_passed(struct kucomms_pool *pool)
+/* Has the user closed it, and was all received that may name it? The runner's. */
+static bool is_over(const struct kucomms_pool *pool)
 {
 	/* pairs with smp_store_release() in close_users_pool() */
-	if (!smp_load_acquire(&pool->closed) || pool->let_go)
+	return smp_load_acquire(&pool->closed) &&
+	       (pool->let_go ||
+		(s64)(pool->channel->rx.position - pool->closed_at) >= 0);
+}
+
+/* Let go of a pool that is over; look again if it is only closed. */
+static void let_go_if_over(struct kucomms_pool *pool)
+{
+	if (pool->let_go || !READ_ONCE(pool->closed))
 		return;
-	if ((s64)(pool->channel->rx.position - pool->closed_at) >= 0) {
+	if (is_over(pool)) {
 		pool->let_go = true;
 		pool_put(pool);
 	} else {
@@ -343,7 +351,7 @@ void kucomms_pools_sweep(struct kucomms_channel *channel)
 			/* pairs with smp_store_release() in add_pool() */
 			pool = smp_load_acquire(&pools->slots[side][i]);
 			if (pool && side)
-				let_go_if_passed(pool);
+				let_go_if_over(pool);
 			if (!pool || refcount_read(&pool->refs))
 				continue;
 			spin_lock(&pools->lock);
@@ -425,11 +433,20 @@ static_assert(BIT_ULL(POOL_SHIFT) >= KUCOMMS_POOL_MAX);
 /* Not before all that was sent is received that may name it. */
 static void close_users_pool(struct kucomms_pool *pool)
 {
-	struct kucomms_channel *channel = pool->channel;
+	struct kucomms_ring_consumer *rx = &pool->channel->rx;
+	u64 sent, received;
+	s64 ahead;
 
-	/* pairs with smp_store_release() in kucomms_ring_move() */
-	pool->closed_at = smp_load_acquire(&channel->rx.peer->position);
-	/* pairs with smp_load_acquire() in let_go_if_passed() and accept() */
+	/*
+	 * pairs with smp_store_release() in kucomms_ring_move(). And it comes before
+	 * what was received meanwhile: so there is at most a ring between the two.
+	 */
+	sent = smp_load_acquire(&rx->peer->position);
+	received = READ_ONCE(rx->position);
+	/* The user may write any number there. */
+	ahead = clamp_t(s64, sent - received, 0, rx->size);
+	pool->closed_at = received + ahead;
+	/* pairs with smp_load_acquire() in is_over() */
 	smp_store_release(&pool->closed, true);
 }
 
@@ -985,9 +1002,7 @@ static struct kucomms_buffer *accept(struct kucomms_channel *channel,
 	    carried->length >
 	    (u64)(pool->page_count - carried->page) << PAGE_SHIFT)
 		return NULL;
-	/* pairs with smp_store_release() in close_users_pool() */
-	if (smp_load_acquire(&pool->closed) &&
-	    (s64)(channel->rx.position - pool->closed_at) >= 0)
+	if (is_over(pool))
 		return NULL;
 	end = carried->page + pages_for(carried->length);
 	raw_spin_lock_irqsave(&pool->lock, irq);
@@ -997,7 +1012,7 @@ static struct kucomms_buffer *accept(struct kucomms_channel *channel,
 	raw_spin_unlock_irqrestore(&pool->lock, irq);
 	if (used)
 		return NULL;
-	/* It is open: not let go of, and that is for us to do. */
+	/* Not let go of, see is_over(), and that is for us to do. */
 	refcount_inc(&pool->refs);
 	pool->buffers[carried->page].pool = pool;
 	pool->buffers[carried->page].length = carried->length;

@@ -164,7 +164,7 @@ PLANTS = (
     Plant(
         "pool-gone-before-its-messages",
         "pool.c",
-        "(s64)(channel->rx.position - pool->closed_at) >= 0)",
+        "(s64)(pool->channel->rx.position - pool->closed_at) >= 0)",
         "true)",
         "test_pool.py -k though_its_pool_was_closed",
         r"FAILED .*though_its_pool_was_closed",
