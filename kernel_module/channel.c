@@ -33,8 +33,7 @@ void kucomms_pages_free(struct page **pages, unsigned long count)
 /* A list for pages, empty. The user is told of what is missing, no log is. */
 struct page **kucomms_pages_list(unsigned long count)
 {
-	return kvcalloc(count, sizeof(struct page *),
-			GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
+	return kvcalloc(count, sizeof(struct page *), KUCOMMS_GFP_PAGES);
 }
 
 /* Fill the list, one page after the other. */
