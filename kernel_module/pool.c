@@ -30,6 +30,7 @@
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/slab.h>
+#include <linux/swap.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
@@ -176,6 +177,15 @@ static int alloc_contiguous(struct page **pages, unsigned long count)
 	return 0;
 }
 
+/*
+ * What can never be had is not to be taken page by page from all others first. A
+ * check, not a reservation.
+ */
+static bool is_more_than_there_is(unsigned long count)
+{
+	return (long)count > si_mem_available() + get_nr_swap_pages();
+}
+
 /* A pool in no slot yet; charged to the caller. */
 static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 				     u32 flags)
@@ -188,6 +198,8 @@ static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 	    flags & ~KUCOMMS_POOL_CONTIGUOUS ||
 	    (flags && size > KUCOMMS_POOL_CONTIGUOUS_MAX))
 		return ERR_PTR(-EINVAL);
+	if (is_more_than_there_is(count))
+		return ERR_PTR(-ENOMEM);
 	pool = kzalloc(sizeof(*pool), KUCOMMS_GFP_POOL);
 	if (!pool)
 		return ERR_PTR(-ENOMEM);
