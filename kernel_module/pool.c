@@ -71,11 +71,13 @@ struct kucomms_owed {
  * @owed: its state, and its place among those that are given back
  * @pool: of which pool; like @length, once it is not AWAY
  * @length: bytes
+ * @callback: in which it was allocated, see pools->callback; 0 for none
  */
 struct kucomms_buffer {
 	struct kucomms_owed owed;
 	struct kucomms_pool *pool;
 	u64 length;
+	u64 callback;
 };
 
 /**
@@ -617,17 +619,48 @@ static bool owe(struct kucomms_buffer *buffer)
 	return llist_add(&buffer->owed.node, &buffer->pool->channel->pools->back);
 }
 
+/*
+ * Which callback we are in, of those that are called again when buffers are free,
+ * or 0.
+ */
+static u64 callback_of(struct kucomms_pools *pools)
+{
+	return in_task() && READ_ONCE(pools->caller) == current ?
+		       pools->callback : 0;
+}
+
+/*
+ * The module has freed what was allocated in a callback, or in none. One that finds
+ * too few buffers, frees those that it has got, and waits, would for these be called
+ * again and do the same, for ever.
+ */
+static void freed(struct kucomms_channel *channel, u64 allocated)
+{
+	struct kucomms_pools *pools = channel->pools;
+	u64 callback = callback_of(pools);
+
+	if (callback) {
+		pools->freed |= allocated != callback;
+	} else if (atomic_read(&pools->is_short)) {
+		atomic_set(&pools->came_back, 1);
+		kick(channel);
+	}
+}
+
 /**
  * kucomms_free_buffer - a buffer is not needed any more
  * @buffer: from kucomms_allocate() or kucomms_take_buffer(), or one of the message
  *	    in the callback; not to be used any more
  *
  * That of a pool of the user is given back to it, that of a pool of the module is
- * free again. Any context but NMI.
+ * free again: if kucomms_allocate() has met -ENOBUFS, the work callback is called,
+ * but not for what one message or work callback has both allocated and freed. Any
+ * context but NMI.
  */
 void kucomms_free_buffer(struct kucomms_buffer *buffer)
 {
 	struct kucomms_channel *channel = buffer->pool->channel;
+	u64 allocated = buffer->callback;
 
 	if (is_the_users(buffer->pool)) {
 		if (WARN_ON_ONCE(!turn_ours(buffer, GOING)))
@@ -638,6 +671,7 @@ void kucomms_free_buffer(struct kucomms_buffer *buffer)
 		if (WARN_ON_ONCE(!turn_ours(buffer, AWAY)))
 			return;
 		drop(buffer);
+		freed(channel, allocated);
 	}
 }
 EXPORT_SYMBOL_GPL(kucomms_free_buffer);
@@ -746,7 +780,7 @@ static unsigned long use(struct kucomms_pool *pool, unsigned long count)
  *
  * Any context but NMI; the time grows with the pages of the pool. Return: the
  * buffer, or an error pointer: -ENOBUFS when there is no room for it now (the work
- * callback is called when the user has given something back), -EMSGSIZE when there
+ * callback is called when something was given back or freed), -EMSGSIZE when there
  * never is, -EINVAL; when there is no room and the user is gone, what kucomms_send()
  * says then.
  */
@@ -764,7 +798,8 @@ struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
 	if (page == pool->page_count) {
 		/*
 		 * Then look again. Who frees comes with the lock before that,
-		 * or sees this after it, in kucomms_buffers_came_back().
+		 * or sees this after it, in freed() or, when the runner looks
+		 * for it, in kucomms_buffers_came_back().
 		 */
 		atomic_set(is_short, 1);
 		page = use(pool, pages_for(length));
@@ -777,6 +812,7 @@ struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
 	buffer = &pool->buffers[page];
 	buffer->pool = pool;
 	buffer->length = length;
+	buffer->callback = callback_of(pool->channel->pools);
 	atomic_set(&buffer->owed.state, MINE);
 	return buffer;
 }
@@ -1075,7 +1111,7 @@ int kucomms_buffers_returned(struct kucomms_channel *channel,
 			return -EPROTO;
 		atomic_set(&buffer->owed.state, AWAY);
 		drop(buffer);
-		channel->pools->came_back = true;
+		atomic_set(&channel->pools->came_back, 1);
 	}
 	return 0;
 }
@@ -1145,20 +1181,47 @@ void kucomms_buffers_done(struct kucomms_channel *channel)
 				owe(buffer);
 		} else if (turn(buffer, IN_HAND, AWAY)) {
 			drop(buffer);
-			pools->came_back = true;
+			atomic_set(&pools->came_back, 1);
 		}
 	}
 	pools->hand_count = 0;
 }
 
-/* Was a module short of buffers, and the user has given some back? */
+/* A message or work callback of the channel. */
+void kucomms_callback_begins(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+
+	if (!pools)
+		return;
+	pools->callback++;
+	WRITE_ONCE(pools->caller, current);
+}
+
+/* Return: whether kucomms_buffers_came_back() is to be asked. */
+bool kucomms_callback_ended(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+
+	if (!pools)
+		return false;
+	WRITE_ONCE(pools->caller, NULL);
+	if (!pools->freed)
+		return false;
+	pools->freed = false;
+	atomic_set(&pools->came_back, 1);
+	return true;
+}
+
+/* Was a module short of buffers, and some are free again? */
 bool kucomms_buffers_came_back(struct kucomms_channel *channel)
 {
 	struct kucomms_pools *pools = channel->pools;
 
-	if (!pools->came_back)
+	if (!atomic_read(&pools->came_back))
 		return false;
-	pools->came_back = false;
+	/* Before what is looked at: who frees later, sets it again. */
+	atomic_xchg(&pools->came_back, 0);
 	return atomic_read(&pools->is_short) &&
 	       atomic_xchg(&pools->is_short, 0);
 }
