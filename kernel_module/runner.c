@@ -485,6 +485,8 @@ static int look_ahead(struct kucomms_channel *channel)
 	struct kucomms_view view;
 	int err = 0, count;
 
+	/* A list with a head in it is not to be copied; nothing is pinned here. */
+	kucomms_pins_init(&ahead.pins);
 	if ((s64)(pools->ahead - ahead.position) > 0)
 		ahead.position = pools->ahead;
 	for (count = 0; count < KUCOMMS_BATCH && !err; count++) {

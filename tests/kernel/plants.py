@@ -194,6 +194,14 @@ PLANTS = (
         r"FAILED .*comes_back_behind_the_message",
     ),
     Plant(
+        "look-ahead-forgets",
+        "runner.c",
+        "\tchannel->rx.available = ahead.available;\n\tchannel->rx.all_seen = ahead.all_seen;\n",
+        "",
+        "test_pool.py -k look_ahead_goes_on",
+        r"FAILED .*test_a_look_ahead_goes_on_where_the_last_one_has_ended",
+    ),
+    Plant(
         "data-race",
         "channel.c",
         "\tif (err == -EPROTO)\n\t\tkucomms_channel_broken(channel);\n\telse if ((!err",
