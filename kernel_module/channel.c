@@ -1104,6 +1104,11 @@ EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
  * channel comes meanwhile, and when its ring is full, the user waits. A hostile
  * user may have changed the message by then. With turns it brings the turn when it
  * is handed out first, and not again.
+ *
+ * What a user gives back comes through the ring, too. One that has filled it with
+ * messages while the first of them waits for a buffer can give nothing back, and
+ * both wait for ever. So retry for a buffer only if your users leave room in their
+ * ring for that; else answer with an error.
  */
 void kucomms_retry(struct kucomms_channel *channel)
 {
