@@ -39,7 +39,8 @@
 #define POOL_SHIFT	32	/* of the offsets of pools, for mmap() */
 #define POOL_FIRST	2	/* below are the two sides of the channel */
 #define POOL_MOST	BIT(29)	/* of each side, in the life of a channel */
-#define PAY_MOST	8	/* frames in a row, with interrupts off */
+#define PAY_FRAMES	8	/* in a row, with interrupts off, */
+#define PAY_BUFFERS	256	/* and what they give back */
 
 #define KUCOMMS_GFP_POOL (GFP_KERNEL_ACCOUNT | __GFP_NOWARN | \
 			  __GFP_RETRY_MAYFAIL)
@@ -946,24 +947,28 @@ static int pay_news(struct kucomms_channel *channel)
 }
 
 /* How many are to be given back next, if there is room for so many. */
-static u32 count_back(struct kucomms_channel *channel)
+static u32 count_back(struct kucomms_channel *channel, u32 most)
 {
 	u64 fit = (channel->ring_size / 2 - KUCOMMS_HEADER_SIZE) /
 		  sizeof(struct kucomms_carried);
-	u32 most = min_t(u64, KUCOMMS_CARRIED_MAX, fit), count = 0;
 	struct llist_node *node;
+	u32 count = 0;
 
+	most = min3(most, (u32)KUCOMMS_CARRIED_MAX, (u32)fit);
 	for (node = channel->pools->first_back; node && count < most;
 	     node = node->next)
 		count++;
 	return count;
 }
 
-/* Give back the first of all that wait, as many as there is room for. */
-static int pay_back(struct kucomms_channel *channel)
+/*
+ * Give back the first of all that wait, as many as there is room for, and no more
+ * than @most. Return: how many, or as kucomms_ring_next().
+ */
+static int pay_back(struct kucomms_channel *channel, u32 most)
 {
 	struct kucomms_pools *pools = channel->pools;
-	u32 count = count_back(channel), i;
+	u32 count = count_back(channel, most), i;
 	struct kucomms_carried *list;
 	struct kucomms_buffer *buffer;
 	struct kucomms_frame *frame;
@@ -990,7 +995,7 @@ static int pay_back(struct kucomms_channel *channel)
 	}
 	publish(channel, frame, count * sizeof(*list), KUCOMMS_FLAG_NOTICE,
 		kucomms_frame_kind(count));
-	return 0;
+	return count;
 }
 
 /* Whether anything waits to be told to the user. */
@@ -1012,9 +1017,9 @@ bool kucomms_owes(const struct kucomms_channel *channel)
 int kucomms_pay(struct kucomms_channel *channel)
 {
 	struct kucomms_pools *pools = channel->pools;
-	int count, err;
+	int frames, done, given = 0;
 
-	for (count = 0; count < PAY_MOST; count++) {
+	for (frames = 0; frames < PAY_FRAMES && given < PAY_BUFFERS; frames++) {
 		if (!pools->first_news) {
 			/* In the order in which they were told. */
 			WRITE_ONCE(pools->first_news,
@@ -1024,13 +1029,14 @@ int kucomms_pay(struct kucomms_channel *channel)
 			WRITE_ONCE(pools->first_back,
 				   llist_del_all(&pools->back));
 		if (pools->first_news)
-			err = pay_news(channel);
+			done = pay_news(channel);
 		else if (pools->first_back)
-			err = pay_back(channel);
+			done = pay_back(channel, PAY_BUFFERS - given);
 		else
 			return 0;
-		if (err)
-			return err;
+		if (done < 0)
+			return done;
+		given += done;
 	}
 	return kucomms_owes(channel) ? -EINPROGRESS : 0;
 }
