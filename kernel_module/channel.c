@@ -33,8 +33,7 @@ void kucomms_pages_free(struct page **pages, unsigned long count)
 /* A list for pages, empty. The user is told of what is missing, no log is. */
 struct page **kucomms_pages_list(unsigned long count)
 {
-	return kvcalloc(count, sizeof(struct page *),
-			GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
+	return kvcalloc(count, sizeof(struct page *), KUCOMMS_GFP_PAGES);
 }
 
 /* Fill the list, one page after the other. */
@@ -469,12 +468,23 @@ int kucomms_channel_check_turn(const struct kucomms_channel *channel,
 
 /* ---- sending ------------------------------------------------------------- */
 
+static int why_closed(const struct kucomms_channel *channel)
+{
+	return test_bit(KUCOMMS_BROKEN, &channel->state) ? -EPROTO : -ESHUTDOWN;
+}
+
+/* Why the user takes and gives nothing any more, or 0. Any context. */
+int kucomms_channel_user_error(const struct kucomms_channel *channel)
+{
+	return test_bit(KUCOMMS_USER_GONE, &channel->state) ?
+		       why_closed(channel) : 0;
+}
+
 /* Why nothing can be sent, or 0. As the only sender, or with the lock held. */
 static int closed(struct kucomms_channel *channel)
 {
-	if (channel->tx_open && !test_bit(KUCOMMS_USER_GONE, &channel->state))
-		return 0;
-	return test_bit(KUCOMMS_BROKEN, &channel->state) ? -EPROTO : -ESHUTDOWN;
+	return channel->tx_open ? kucomms_channel_user_error(channel) :
+				  why_closed(channel);
 }
 
 static void count_sent(struct kucomms_channel *channel, u32 length)
@@ -1094,6 +1104,11 @@ EXPORT_SYMBOL_GPL(kucomms_channel_set_priv);
  * channel comes meanwhile, and when its ring is full, the user waits. A hostile
  * user may have changed the message by then. With turns it brings the turn when it
  * is handed out first, and not again.
+ *
+ * What a user gives back comes through the ring, too. One that has filled it with
+ * messages while the first of them waits for a buffer can give nothing back, and
+ * both wait for ever. So retry for a buffer only if your users leave room in their
+ * ring for that; else answer with an error.
  */
 void kucomms_retry(struct kucomms_channel *channel)
 {

@@ -201,8 +201,11 @@ enum {
  * @first_back: the next of those that were in @back; the sender's, as are
  * @first_news: the same for @news, and
  * @sent: buffers that were handed over
+ * @came_back: buffers of the module's pools, since the runner asked
+ * @caller: the runner's thread, in a callback that is called again for those
+ * @callback: the number of that callback
+ * @freed: it has freed some that are older than it
  * @received: the runner's: buffers that came in messages
- * @came_back: buffers of the module's pools, since somebody asked
  * @hand_count: of @hand, whose message is in the callback, or left for later
  * @hand_at: where that message is in the ring
  * @ahead: notices before this position were taken already
@@ -219,8 +222,11 @@ struct kucomms_pools {
 	struct llist_node *first_back;
 	struct llist_node *first_news;
 	u64 sent;
+	atomic_t came_back;
+	struct task_struct *caller;
+	u64 callback;
+	bool freed;
 	u64 received;
-	bool came_back;
 	u32 hand_count;
 	u64 hand_at;
 	u64 ahead;
@@ -386,6 +392,7 @@ void kucomms_channel_signal(struct kucomms_channel *channel);
 void kucomms_channel_broken(struct kucomms_channel *channel);
 void kucomms_channel_lose_user(struct kucomms_channel *channel);
 void kucomms_channel_user_gone(struct kucomms_channel *channel);
+int kucomms_channel_user_error(const struct kucomms_channel *channel);
 __poll_t kucomms_channel_events(struct kucomms_channel *channel);
 bool kucomms_channel_pay(struct kucomms_channel *channel);
 bool kucomms_channel_room(struct kucomms_channel *channel);
@@ -421,6 +428,8 @@ int kucomms_buffers_returned(struct kucomms_channel *channel,
 void kucomms_buffers_stay(struct kucomms_channel *channel);
 void kucomms_buffers_done(struct kucomms_channel *channel);
 bool kucomms_buffers_came_back(struct kucomms_channel *channel);
+void kucomms_callback_begins(struct kucomms_channel *channel);
+bool kucomms_callback_ended(struct kucomms_channel *channel);
 
 /* runner.c */
 struct kucomms_runner *kucomms_runner_new(const char *name);

@@ -30,6 +30,7 @@
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/slab.h>
+#include <linux/swap.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
@@ -38,7 +39,8 @@
 #define POOL_SHIFT	32	/* of the offsets of pools, for mmap() */
 #define POOL_FIRST	2	/* below are the two sides of the channel */
 #define POOL_MOST	BIT(29)	/* of each side, in the life of a channel */
-#define PAY_MOST	8	/* frames in a row, with interrupts off */
+#define PAY_FRAMES	8	/* in a row, with interrupts off, */
+#define PAY_BUFFERS	256	/* and what they give back */
 
 #define KUCOMMS_GFP_POOL (GFP_KERNEL_ACCOUNT | __GFP_NOWARN | \
 			  __GFP_RETRY_MAYFAIL)
@@ -70,11 +72,13 @@ struct kucomms_owed {
  * @owed: its state, and its place among those that are given back
  * @pool: of which pool; like @length, once it is not AWAY
  * @length: bytes
+ * @callback: in which it was allocated, see pools->callback; 0 for none
  */
 struct kucomms_buffer {
 	struct kucomms_owed owed;
 	struct kucomms_pool *pool;
 	u64 length;
+	u64 callback;
 };
 
 /**
@@ -176,6 +180,15 @@ static int alloc_contiguous(struct page **pages, unsigned long count)
 	return 0;
 }
 
+/*
+ * What can never be had is not to be taken page by page from all others first. A
+ * check, not a reservation.
+ */
+static bool is_more_than_there_is(unsigned long count)
+{
+	return (long)count > si_mem_available() + get_nr_swap_pages();
+}
+
 /* A pool in no slot yet; charged to the caller. */
 static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 				     u32 flags)
@@ -188,6 +201,8 @@ static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 	    flags & ~KUCOMMS_POOL_CONTIGUOUS ||
 	    (flags && size > KUCOMMS_POOL_CONTIGUOUS_MAX))
 		return ERR_PTR(-EINVAL);
+	if (is_more_than_there_is(count))
+		return ERR_PTR(-ENOMEM);
 	pool = kzalloc(sizeof(*pool), KUCOMMS_GFP_POOL);
 	if (!pool)
 		return ERR_PTR(-ENOMEM);
@@ -266,7 +281,11 @@ static s64 next_number(struct kucomms_pools *pools, u32 side)
 	return -EMFILE;
 }
 
-static int add_pool(struct kucomms_pool *pool, u32 side)
+/*
+ * Return: its number, or -EMFILE. The user can guess the number and close the pool,
+ * so who has no reference must not touch it any more.
+ */
+static s64 add_pool(struct kucomms_pool *pool, u32 side)
 {
 	struct kucomms_pools *pools = pool->channel->pools;
 	s64 number;
@@ -280,46 +299,50 @@ static int add_pool(struct kucomms_pool *pool, u32 side)
 		smp_store_release(slot_of(pools, number), pool);
 	}
 	spin_unlock(&pools->lock);
-	return number < 0 ? number : 0;
+	return number;
 }
 
-/* A new pool in a slot. */
-static struct kucomms_pool *open_pool(struct kucomms_channel *channel, u64 size,
-				      u32 flags, u32 side)
+/* A new pool in a slot, in @pool. Return: as add_pool(), or another -errno. */
+static s64 open_pool(struct kucomms_channel *channel, u64 size, u32 flags,
+		     u32 side, struct kucomms_pool **pool)
 {
 	struct kucomms_pools *pools = channel->pools;
-	struct kucomms_pool *pool;
 	s64 number;
-	int err;
 
 	if (!pools)
-		return ERR_PTR(-EOPNOTSUPP);
+		return -EOPNOTSUPP;
 	/* Before all that memory is taken in vain. */
 	spin_lock(&pools->lock);
 	number = next_number(pools, side);
 	spin_unlock(&pools->lock);
 	if (number < 0)
-		return ERR_PTR(number);
-	pool = pool_new(channel, size, flags);
-	if (IS_ERR(pool))
-		return pool;
+		return number;
+	*pool = pool_new(channel, size, flags);
+	if (IS_ERR(*pool))
+		return PTR_ERR(*pool);
 	/* Of the module's pool there will be news. */
-	refcount_set(&pool->refs, side ? 1 : 2);
-	err = add_pool(pool, side);
-	if (err) {
-		pool_free(pool);
-		return ERR_PTR(err);
-	}
-	return pool;
+	refcount_set(&(*pool)->refs, side ? 1 : 2);
+	number = add_pool(*pool, side);
+	if (number < 0)
+		pool_free(*pool);
+	return number;
 }
 
-/* A pool that the user has closed: was all received that names it? */
-static void let_go_if_passed(struct kucomms_pool *pool)
+/* Has the user closed it, and was all received that may name it? The runner's. */
+static bool is_over(const struct kucomms_pool *pool)
 {
 	/* pairs with smp_store_release() in close_users_pool() */
-	if (!smp_load_acquire(&pool->closed) || pool->let_go)
+	return smp_load_acquire(&pool->closed) &&
+	       (pool->let_go ||
+		(s64)(pool->channel->rx.position - pool->closed_at) >= 0);
+}
+
+/* Let go of a pool that is over; look again if it is only closed. */
+static void let_go_if_over(struct kucomms_pool *pool)
+{
+	if (pool->let_go || !READ_ONCE(pool->closed))
 		return;
-	if ((s64)(pool->channel->rx.position - pool->closed_at) >= 0) {
+	if (is_over(pool)) {
 		pool->let_go = true;
 		pool_put(pool);
 	} else {
@@ -343,7 +366,7 @@ void kucomms_pools_sweep(struct kucomms_channel *channel)
 			/* pairs with smp_store_release() in add_pool() */
 			pool = smp_load_acquire(&pools->slots[side][i]);
 			if (pool && side)
-				let_go_if_passed(pool);
+				let_go_if_over(pool);
 			if (!pool || refcount_read(&pool->refs))
 				continue;
 			spin_lock(&pools->lock);
@@ -425,11 +448,20 @@ static_assert(BIT_ULL(POOL_SHIFT) >= KUCOMMS_POOL_MAX);
 /* Not before all that was sent is received that may name it. */
 static void close_users_pool(struct kucomms_pool *pool)
 {
-	struct kucomms_channel *channel = pool->channel;
+	struct kucomms_ring_consumer *rx = &pool->channel->rx;
+	u64 sent, received;
+	s64 ahead;
 
-	/* pairs with smp_store_release() in kucomms_ring_move() */
-	pool->closed_at = smp_load_acquire(&channel->rx.peer->position);
-	/* pairs with smp_load_acquire() in let_go_if_passed() and accept() */
+	/*
+	 * pairs with smp_store_release() in kucomms_ring_move(). And it comes before
+	 * what was received meanwhile: so there is at most a ring between the two.
+	 */
+	sent = smp_load_acquire(&rx->peer->position);
+	received = READ_ONCE(rx->position);
+	/* The user may write any number there. */
+	ahead = clamp_t(s64, sent - received, 0, rx->size);
+	pool->closed_at = received + ahead;
+	/* pairs with smp_load_acquire() in is_over() */
 	smp_store_release(&pool->closed, true);
 }
 
@@ -438,6 +470,7 @@ long kucomms_ioctl_open_pool(struct kucomms_channel *channel,
 {
 	struct kucomms_pool_request request;
 	struct kucomms_pool *pool;
+	s64 number;
 
 	if (copy_from_user(&request, argument, sizeof(request)))
 		return -EFAULT;
@@ -447,12 +480,11 @@ long kucomms_ioctl_open_pool(struct kucomms_channel *channel,
 	/* So that nothing has to be undone if the answer cannot be given. */
 	if (copy_to_user(argument, &request, sizeof(request)))
 		return -EFAULT;
-	pool = open_pool(channel, request.size, request.flags, 1);
-	if (IS_ERR(pool))
-		return PTR_ERR(pool);
-	/* From here on, another thread may have it closed. */
-	request.number = pool->number;
-	request.offset = offset_of(request.number);
+	number = open_pool(channel, request.size, request.flags, 1, &pool);
+	if (number < 0)
+		return number;
+	request.number = number;
+	request.offset = offset_of(number);
 	return copy_to_user(argument, &request, sizeof(request)) ? -EFAULT : 0;
 }
 
@@ -588,17 +620,48 @@ static bool owe(struct kucomms_buffer *buffer)
 	return llist_add(&buffer->owed.node, &buffer->pool->channel->pools->back);
 }
 
+/*
+ * Which callback we are in, of those that are called again when buffers are free,
+ * or 0.
+ */
+static u64 callback_of(struct kucomms_pools *pools)
+{
+	return in_task() && READ_ONCE(pools->caller) == current ?
+		       pools->callback : 0;
+}
+
+/*
+ * The module has freed what was allocated in a callback, or in none. One that finds
+ * too few buffers, frees those that it has got, and waits, would for these be called
+ * again and do the same, for ever.
+ */
+static void freed(struct kucomms_channel *channel, u64 allocated)
+{
+	struct kucomms_pools *pools = channel->pools;
+	u64 callback = callback_of(pools);
+
+	if (callback) {
+		pools->freed |= allocated != callback;
+	} else if (atomic_read(&pools->is_short)) {
+		atomic_set(&pools->came_back, 1);
+		kick(channel);
+	}
+}
+
 /**
  * kucomms_free_buffer - a buffer is not needed any more
  * @buffer: from kucomms_allocate() or kucomms_take_buffer(), or one of the message
  *	    in the callback; not to be used any more
  *
  * That of a pool of the user is given back to it, that of a pool of the module is
- * free again. Any context but NMI.
+ * free again: if kucomms_allocate() has met -ENOBUFS, the work callback is called,
+ * but not for what one message or work callback has both allocated and freed. Any
+ * context but NMI.
  */
 void kucomms_free_buffer(struct kucomms_buffer *buffer)
 {
 	struct kucomms_channel *channel = buffer->pool->channel;
+	u64 allocated = buffer->callback;
 
 	if (is_the_users(buffer->pool)) {
 		if (WARN_ON_ONCE(!turn_ours(buffer, GOING)))
@@ -609,6 +672,7 @@ void kucomms_free_buffer(struct kucomms_buffer *buffer)
 		if (WARN_ON_ONCE(!turn_ours(buffer, AWAY)))
 			return;
 		drop(buffer);
+		freed(channel, allocated);
 	}
 }
 EXPORT_SYMBOL_GPL(kucomms_free_buffer);
@@ -662,12 +726,14 @@ struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
 				       u64 size, u32 flags)
 {
 	struct kucomms_pool *pool;
+	s64 number;
 
 	if (size > KUCOMMS_POOL_MAX)
 		return ERR_PTR(-EINVAL);
-	pool = open_pool(channel, PAGE_ALIGN(size), flags, 0);
-	if (!IS_ERR(pool))
-		tell(pool, &pool->opened);
+	number = open_pool(channel, PAGE_ALIGN(size), flags, 0, &pool);
+	if (number < 0)
+		return ERR_PTR(number);
+	tell(pool, &pool->opened);
 	return pool;
 }
 EXPORT_SYMBOL_GPL(kucomms_open_pool);
@@ -715,8 +781,9 @@ static unsigned long use(struct kucomms_pool *pool, unsigned long count)
  *
  * Any context but NMI; the time grows with the pages of the pool. Return: the
  * buffer, or an error pointer: -ENOBUFS when there is no room for it now (the work
- * callback is called when the user has given something back), -EMSGSIZE when there
- * never is, -EINVAL.
+ * callback is called when something was given back or freed), -EMSGSIZE when there
+ * never is, -EINVAL; when there is no room and the user is gone, what kucomms_send()
+ * says then.
  */
 struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
 {
@@ -732,17 +799,21 @@ struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
 	if (page == pool->page_count) {
 		/*
 		 * Then look again. Who frees comes with the lock before that,
-		 * or sees this after it, in kucomms_buffers_came_back().
+		 * or sees this after it, in freed() or, when the runner looks
+		 * for it, in kucomms_buffers_came_back().
 		 */
 		atomic_set(is_short, 1);
 		page = use(pool, pages_for(length));
 	}
 	if (page == pool->page_count)
-		return ERR_PTR(-ENOBUFS);
+		/* Nobody gives back any more: a retry would never end. */
+		return ERR_PTR(kucomms_channel_user_error(pool->channel) ?:
+			       -ENOBUFS);
 	refcount_inc(&pool->refs);
 	buffer = &pool->buffers[page];
 	buffer->pool = pool;
 	buffer->length = length;
+	buffer->callback = callback_of(pool->channel->pools);
 	atomic_set(&buffer->owed.state, MINE);
 	return buffer;
 }
@@ -876,24 +947,28 @@ static int pay_news(struct kucomms_channel *channel)
 }
 
 /* How many are to be given back next, if there is room for so many. */
-static u32 count_back(struct kucomms_channel *channel)
+static u32 count_back(struct kucomms_channel *channel, u32 most)
 {
 	u64 fit = (channel->ring_size / 2 - KUCOMMS_HEADER_SIZE) /
 		  sizeof(struct kucomms_carried);
-	u32 most = min_t(u64, KUCOMMS_CARRIED_MAX, fit), count = 0;
 	struct llist_node *node;
+	u32 count = 0;
 
+	most = min3(most, (u32)KUCOMMS_CARRIED_MAX, (u32)fit);
 	for (node = channel->pools->first_back; node && count < most;
 	     node = node->next)
 		count++;
 	return count;
 }
 
-/* Give back the first of all that wait, as many as there is room for. */
-static int pay_back(struct kucomms_channel *channel)
+/*
+ * Give back the first of all that wait, as many as there is room for, and no more
+ * than @most. Return: how many, or as kucomms_ring_next().
+ */
+static int pay_back(struct kucomms_channel *channel, u32 most)
 {
 	struct kucomms_pools *pools = channel->pools;
-	u32 count = count_back(channel), i;
+	u32 count = count_back(channel, most), i;
 	struct kucomms_carried *list;
 	struct kucomms_buffer *buffer;
 	struct kucomms_frame *frame;
@@ -920,7 +995,7 @@ static int pay_back(struct kucomms_channel *channel)
 	}
 	publish(channel, frame, count * sizeof(*list), KUCOMMS_FLAG_NOTICE,
 		kucomms_frame_kind(count));
-	return 0;
+	return count;
 }
 
 /* Whether anything waits to be told to the user. */
@@ -942,9 +1017,9 @@ bool kucomms_owes(const struct kucomms_channel *channel)
 int kucomms_pay(struct kucomms_channel *channel)
 {
 	struct kucomms_pools *pools = channel->pools;
-	int count, err;
+	int frames, done, given = 0;
 
-	for (count = 0; count < PAY_MOST; count++) {
+	for (frames = 0; frames < PAY_FRAMES && given < PAY_BUFFERS; frames++) {
 		if (!pools->first_news) {
 			/* In the order in which they were told. */
 			WRITE_ONCE(pools->first_news,
@@ -954,13 +1029,14 @@ int kucomms_pay(struct kucomms_channel *channel)
 			WRITE_ONCE(pools->first_back,
 				   llist_del_all(&pools->back));
 		if (pools->first_news)
-			err = pay_news(channel);
+			done = pay_news(channel);
 		else if (pools->first_back)
-			err = pay_back(channel);
+			done = pay_back(channel, PAY_BUFFERS - given);
 		else
 			return 0;
-		if (err)
-			return err;
+		if (done < 0)
+			return done;
+		given += done;
 	}
 	return kucomms_owes(channel) ? -EINPROGRESS : 0;
 }
@@ -980,9 +1056,7 @@ static struct kucomms_buffer *accept(struct kucomms_channel *channel,
 	    carried->length >
 	    (u64)(pool->page_count - carried->page) << PAGE_SHIFT)
 		return NULL;
-	/* pairs with smp_store_release() in close_users_pool() */
-	if (smp_load_acquire(&pool->closed) &&
-	    (s64)(channel->rx.position - pool->closed_at) >= 0)
+	if (is_over(pool))
 		return NULL;
 	end = carried->page + pages_for(carried->length);
 	raw_spin_lock_irqsave(&pool->lock, irq);
@@ -992,7 +1066,7 @@ static struct kucomms_buffer *accept(struct kucomms_channel *channel,
 	raw_spin_unlock_irqrestore(&pool->lock, irq);
 	if (used)
 		return NULL;
-	/* It is open: not let go of, and that is for us to do. */
+	/* Not let go of, see is_over(), and that is for us to do. */
 	refcount_inc(&pool->refs);
 	pool->buffers[carried->page].pool = pool;
 	pool->buffers[carried->page].length = carried->length;
@@ -1043,7 +1117,7 @@ int kucomms_buffers_returned(struct kucomms_channel *channel,
 			return -EPROTO;
 		atomic_set(&buffer->owed.state, AWAY);
 		drop(buffer);
-		channel->pools->came_back = true;
+		atomic_set(&channel->pools->came_back, 1);
 	}
 	return 0;
 }
@@ -1113,20 +1187,47 @@ void kucomms_buffers_done(struct kucomms_channel *channel)
 				owe(buffer);
 		} else if (turn(buffer, IN_HAND, AWAY)) {
 			drop(buffer);
-			pools->came_back = true;
+			atomic_set(&pools->came_back, 1);
 		}
 	}
 	pools->hand_count = 0;
 }
 
-/* Was a module short of buffers, and the user has given some back? */
+/* A message or work callback of the channel. */
+void kucomms_callback_begins(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+
+	if (!pools)
+		return;
+	pools->callback++;
+	WRITE_ONCE(pools->caller, current);
+}
+
+/* Return: whether kucomms_buffers_came_back() is to be asked. */
+bool kucomms_callback_ended(struct kucomms_channel *channel)
+{
+	struct kucomms_pools *pools = channel->pools;
+
+	if (!pools)
+		return false;
+	WRITE_ONCE(pools->caller, NULL);
+	if (!pools->freed)
+		return false;
+	pools->freed = false;
+	atomic_set(&pools->came_back, 1);
+	return true;
+}
+
+/* Was a module short of buffers, and some are free again? */
 bool kucomms_buffers_came_back(struct kucomms_channel *channel)
 {
 	struct kucomms_pools *pools = channel->pools;
 
-	if (!pools->came_back)
+	if (!atomic_read(&pools->came_back))
 		return false;
-	pools->came_back = false;
+	/* Before what is looked at: who frees later, sets it again. */
+	atomic_xchg(&pools->came_back, 0);
 	return atomic_read(&pools->is_short) &&
 	       atomic_xchg(&pools->is_short, 0);
 }

@@ -375,7 +375,10 @@ static int deliver(struct kucomms_runner *runner,
 	clear_bit(KUCOMMS_RESUMED, &channel->state);
 	channel->in_hand = &message;
 	kucomms_channel_take_turn(channel);
+	kucomms_callback_begins(channel);
 	runner->endpoint->ops->message(channel, &message);
+	/* Buffers are looked at after the batch. */
+	kucomms_callback_ended(channel);
 	channel->in_hand = NULL;
 	/* Not KUCOMMS_RETRY: kucomms_resume() may have come before this. */
 	if (test_and_clear_bit(KUCOMMS_STAYS, &channel->state)) {
@@ -456,11 +459,16 @@ static void call_work(struct kucomms_runner *runner,
 		      struct kucomms_channel *channel)
 {
 	unsigned long irq;
+	bool again;
 
-	if (!runner->endpoint->ops->work ||
-	    !runner->endpoint->ops->work(channel))
+	if (!runner->endpoint->ops->work)
 		return;
-	set_bit(KUCOMMS_WORK_AGAIN, &channel->state);
+	kucomms_callback_begins(channel);
+	again = runner->endpoint->ops->work(channel);
+	if (again)
+		set_bit(KUCOMMS_WORK_AGAIN, &channel->state);
+	if (!kucomms_callback_ended(channel) && !again)
+		return;
 	raw_spin_lock_irqsave(&channel->runner_lock, irq);
 	make_ready(runner, channel);
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
@@ -477,6 +485,8 @@ static int look_ahead(struct kucomms_channel *channel)
 	struct kucomms_view view;
 	int err = 0, count;
 
+	/* A list with a head in it is not to be copied; nothing is pinned here. */
+	kucomms_pins_init(&ahead.pins);
 	if ((s64)(pools->ahead - ahead.position) > 0)
 		ahead.position = pools->ahead;
 	for (count = 0; count < KUCOMMS_BATCH && !err; count++) {
@@ -502,6 +512,17 @@ static int look_ahead(struct kucomms_channel *channel)
 	return err;
 }
 
+/* Were buffers missing, and are there some now? Then whoever waits tries again. */
+static bool try_again(struct kucomms_runner *runner,
+		      struct kucomms_channel *channel)
+{
+	if (!kucomms_buffers_came_back(channel))
+		return false;
+	clear_bit(KUCOMMS_RETRY, &channel->state);
+	call_work(runner, channel);
+	return true;
+}
+
 /* The message at the front stays. Return: whether there is more to do. */
 static bool wait_for_retry(struct kucomms_runner *runner,
 			   struct kucomms_channel *channel)
@@ -515,12 +536,7 @@ static bool wait_for_retry(struct kucomms_runner *runner,
 		kucomms_channel_broken(channel);
 		return true;
 	}
-	if (kucomms_buffers_came_back(channel)) {
-		clear_bit(KUCOMMS_RETRY, &channel->state);
-		call_work(runner, channel);
-		return true;
-	}
-	return !err;
+	return try_again(runner, channel) || !err;
 }
 
 /* Messages may have brought buffers, and taken some: what follows of that. */
@@ -530,8 +546,7 @@ static void after_buffers(struct kucomms_runner *runner,
 	unsigned long irq;
 
 	kucomms_pools_sweep(channel);
-	if (kucomms_buffers_came_back(channel))
-		call_work(runner, channel);
+	try_again(runner, channel);
 	if (!kucomms_owes(channel) || !kucomms_channel_pay(channel))
 		return;
 	/* A send that met what was owed is to be told of the room that is left. */

@@ -164,7 +164,7 @@ PLANTS = (
     Plant(
         "pool-gone-before-its-messages",
         "pool.c",
-        "(s64)(channel->rx.position - pool->closed_at) >= 0)",
+        "(s64)(pool->channel->rx.position - pool->closed_at) >= 0)",
         "true)",
         "test_pool.py -k though_its_pool_was_closed",
         r"FAILED .*though_its_pool_was_closed",
@@ -192,6 +192,14 @@ PLANTS = (
         "\terr = -EAGAIN;\n",
         "test_pool.py -k comes_back_behind",
         r"FAILED .*comes_back_behind_the_message",
+    ),
+    Plant(
+        "look-ahead-forgets",
+        "runner.c",
+        "\tchannel->rx.available = ahead.available;\n\tchannel->rx.all_seen = ahead.all_seen;\n",
+        "",
+        "test_pool.py -k look_ahead_goes_on",
+        r"FAILED .*test_a_look_ahead_goes_on_where_the_last_one_has_ended",
     ),
     Plant(
         "data-race",

@@ -28,7 +28,7 @@ import pytest
 import kucomms
 from kucomms import TransportError
 from tests.kernel.lifecycle import create, kernel_thread, remove
-from tests.kernel.pool_device import CONTIGUOUS, PoolDevice
+from tests.kernel.pool_device import CONTIGUOUS, POOLS, PoolDevice, open_pool
 from tests.kernel.raw_device import (
     DATA,
     PAGE,
@@ -45,6 +45,8 @@ from tests.kernel.raw_device import (
     wait,
 )
 from tests.kernel.test_kernel_api import SHARED_RUNNERS, SYSFS, test_module
+from tests.kernel.test_pool import NAMES as BUFFERS
+from tests.kernel.test_pool import Do
 
 LOOPS = ["asyncio"]  # what is tested is the kernel
 
@@ -284,7 +286,13 @@ def test_load(modules, tell, request):
 def modules_loaded(load, unload):
     with test_module(load, unload):
         load("kucomms_join")
+        for name in BUFFERS:
+            create(name)
+        load("kucomms_buffers")
         yield
+        unload("kucomms_buffers")
+        for name in BUFFERS:
+            remove(name)
         unload("kucomms_join")
 
 
@@ -292,7 +300,7 @@ def modules_loaded(load, unload):
 def loaded(modules_loaded):
     yield
     give_up = time.monotonic() + PATIENCE
-    shared = SHARED_RUNNERS + 1  # and that of kucomms_join
+    shared = SHARED_RUNNERS + 2  # and those of kucomms_join and kucomms_buffers
     while (alive := counters())["channels"] or alive["runners"] > shared:
         assert time.monotonic() < give_up, alive
         os.sched_yield()
@@ -351,11 +359,20 @@ def unregister():
 
 
 class Register(Write):
-    def __init__(self):
+    def __init__(self, numbered=0):
         super().__init__(JOIN / "register", f"kucomms_{NAME}")
+        self._numbered = numbered
+
+    def prepare(self):
+        (JOIN / "numbered").write_text(str(self._numbered))
+        super().prepare()
 
     def undo(self):
         unregister()
+
+    def clean_up(self):
+        super().clean_up()
+        (JOIN / "numbered").write_text("0")
 
 
 class Unregister(Write):
@@ -401,12 +418,18 @@ class OnOpen(Operation):
 
 
 class SetUp(OnOpen):
+    """With all that there can be."""
+
     def __init__(self, name, ring_size, hello=b""):
         super().__init__(name)
-        self._fields = {"ring_size": ring_size, "hello": hello}
+        self._fields = {"ring_size": ring_size, "hello": hello, "features": POOLS}
 
     def operate(self):
         return set_up(self.fd, **self._fields)[0]
+
+    def undo(self):
+        """There is all that was promised."""
+        assert open_pool(self.fd, PAGE)[0] == 0
 
 
 class Map(OnOpen):
@@ -471,6 +494,60 @@ class OpenPool(Operation):
         self._device.close()
 
 
+class OnKernelPool(Operation):
+    """Something with a pool of the module's."""
+
+    def __init__(self, size):
+        self._size = size
+        self.device = None
+        self.offset = 0
+
+    def prepare(self):
+        self.device = PoolDevice(BUFFERS[0], ring_size=PAGE)
+
+    def open_pool(self, flags=0):
+        self.device.ask(Do.OPEN, self._size, flags)
+        answer, before = self.device.message()
+        for frame in before:
+            *_, self.offset = frame.news
+        return -answer.numbers[0]
+
+    def clean_up(self):
+        self.device.close()
+
+
+class OpenKernelPool(OnKernelPool):
+    def __init__(self, size, flags):
+        super().__init__(size)
+        self._flags = flags
+
+    def operate(self):
+        return self.open_pool(self._flags)
+
+    def task(self):
+        return kernel_thread(f"kucomms_{BUFFERS[0]}")
+
+
+class MapKernelPool(OnKernelPool):
+    def __init__(self, size):
+        super().__init__(size)
+        self._at = 0
+
+    def prepare(self):
+        super().prepare()
+        assert self.open_pool() == 0
+
+    def operate(self):
+        try:
+            self._at = map_memory(self.device.fd, self._size, self.offset, READ | WRITE)
+        except OSError as error:
+            return error.errno
+        return 0
+
+    def undo(self):
+        unmap(self._at, self._size)
+
+
 def ask_poll(device):
     poll = select.poll()
     poll.register(device.fd, select.POLLIN)
@@ -528,8 +605,9 @@ def test_remove_device(loaded, whose, tell):
     tell(*sweep(Remove()))
 
 
-def test_register(loaded, whose, tell):
-    most, found = sweep(Register())
+@pytest.mark.parametrize("numbered", [0, 200])
+def test_register(loaded, whose, tell, numbered):
+    most, found = sweep(Register(numbered))
     assert found["ENOMEM"]
     tell(most, found)
 
@@ -557,6 +635,13 @@ def test_set_up(loaded, whose, tell, name, ring_size):
 def test_open_pool(loaded, whose, tell, flags):
     most, found = sweep(OpenPool(64 * PAGE, flags))
     assert found["ENOMEM"]
+    tell(most, found)
+
+
+def test_map_a_pool_of_the_kernel(loaded, whose, tell):
+    """Large enough for tables of its own."""
+    most, found = sweep(MapKernelPool(LARGE))
+    assert most == 0 or whose == "module" or found["ENOMEM"]
     tell(most, found)
 
 
@@ -600,6 +685,13 @@ def test_open_callback(loaded, tell, ring_size):
     most, found = sweep(InRunner(ring_size))
     # Of a large buffer in large pages, nothing is missed: there are small ones.
     assert found["ENOMEM"] or (found["went without"] and ring_size == LARGE)
+    tell(most, found)
+
+
+@pytest.mark.parametrize("flags", [0, CONTIGUOUS])
+def test_open_pool_of_the_kernel(loaded, tell, flags):
+    most, found = sweep(OpenKernelPool(64 * PAGE, flags))
+    assert found["ENOMEM"]
     tell(most, found)
 
 

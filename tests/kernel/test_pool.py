@@ -88,6 +88,8 @@ class Do(IntEnum):
     STATUS = auto()
     UNLOCKED = auto()
     WRITE = auto()
+    FREE_OTHERS = auto()
+    RETRY_BOTH = auto()
 
 
 HERE, HARD, WORK = range(3)
@@ -124,6 +126,23 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < give_up, counters()
         os.sched_yield()
+
+
+def runner(name="buffers"):
+    """The process ID of the thread that calls the callbacks of the only channel there."""
+    (pid,) = (
+        path.parent.name
+        for path in Path("/proc").glob("[0-9]*/comm")
+        if path.read_text().strip() == f"kucomms_{name}"
+        and not (path.parent / "cmdline").read_bytes()
+    )
+    return int(pid)
+
+
+def until_it_sleeps(pid):
+    """Who is kicked is awake before the kick has returned, until he has nothing more to do."""
+    stat = Path(f"/proc/{pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "I")
 
 
 @contextlib.contextmanager
@@ -342,6 +361,42 @@ with PoolDevice() as device:
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=PATIENCE)
     assert "oom_kill 0" in (cgroup / "memory.events").read_text()
+
+
+def test_no_room_for_the_list_of_a_pools_pages(cgroup):
+    """That is an error, and kills nobody."""
+    size = 1 << 30
+    assert mem_available() > size
+    program = f"""
+import errno
+from pathlib import Path
+from tests.kernel.pool_device import PoolDevice, open_pool
+cgroup = Path("{cgroup}")
+(cgroup / "cgroup.procs").write_text("0")
+with PoolDevice() as device:
+    used = int((cgroup / "memory.current").read_text())
+    (cgroup / "memory.max").write_text(str(used + {size // PAGE * 8 // 2}))
+    assert open_pool(device.fd, {size})[0] == errno.ENOMEM
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=PATIENCE)
+    assert "oom_kill 0" in (cgroup / "memory.events").read_text()
+
+
+def test_a_pool_larger_than_the_memory_takes_none(cgroup):
+    size = 4 << 30
+    if mem_available() > size:
+        pytest.skip("this machine has room for the largest pool")
+    program = f"""
+import errno
+from pathlib import Path
+from tests.kernel.pool_device import PoolDevice, open_pool
+cgroup = Path("{cgroup}")
+(cgroup / "cgroup.procs").write_text("0")
+with PoolDevice() as device:
+    assert open_pool(device.fd, {size})[0] == errno.ENOMEM
+    assert int((cgroup / "memory.peak").read_text()) < 64 << 20
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=PATIENCE)
 
 
 def mem_available():
@@ -651,8 +706,124 @@ def test_who_waits_for_a_buffer_gets_what_comes_back_behind_the_message(device):
         assert device.message()[0].buffers == [pool.buffer(0, PAGE)]
         assert device.message()[0].data == b"behind"
     device.ask(Do.STATUS)
-    _kept, _works, tries = device.message()[0].numbers
+    _kept, _works, tries, _woken = device.message()[0].numbers
     assert tries <= 3 * 20
+
+
+def all_handed_over(device, pool, length=PAGE):
+    """All buffers of a pool of the kernel, which we have now."""
+    device.ask(Do.ALLOCATE, 0, length, pool.size // length)
+    assert device.message()[0].numbers == (pool.size // length,)
+    device.ask(Do.SEND_KEPT)
+    return device.message()[0].buffers
+
+
+def test_a_look_ahead_goes_on_where_the_last_one_has_ended():
+    with PoolDevice() as device:
+        pid = runner()
+        pool = kernel_pool(device, PAGE)
+        (out,) = all_handed_over(device, pool)
+        for _ in range(2):
+            device.ask(Do.RETRY, 0, PAGE)
+            until_it_sleeps(pid)
+            device.send(b"behind", type=Do.ECHO)
+            until_it_sleeps(pid)
+            assert device.kick() == 0
+            until_it_sleeps(pid)
+            device.give_back(out)
+            assert device.message()[0].buffers == [out]
+            assert device.message()[0].data == b"behind"
+
+
+def test_what_came_back_before_does_not_suffice():
+    """The user gives back one in a message, then asks for what needs two."""
+    with PoolDevice() as device:
+        pid = runner()
+        pool = kernel_pool(device, 2 * PAGE)
+        first, second = all_handed_over(device, pool)
+        device.hand_over(Do.NOTHING, first, publish=False)
+        device.ask(Do.RETRY, 0, 2 * PAGE)
+        until_it_sleeps(pid)
+        device.give_back(second)
+        assert device.message()[0].buffers == [pool.buffer(0, 2 * PAGE)]
+
+
+@pytest.mark.parametrize("context", [HERE, HARD, WORK])
+def test_who_waits_for_a_buffer_gets_what_the_module_frees(context):
+    """Its work callback is called, too, between the two and not some time later."""
+    with PoolDevice() as device, PoolDevice() as other:
+        pid = runner()
+        pool = kernel_pool(device, PAGE)
+        for _ in range(50):
+            device.ask(Do.ALLOCATE, 0, PAGE, 1)
+            assert device.message()[0].numbers == (1,)
+            device.ask(Do.RETRY, 0, PAGE)
+            until_it_sleeps(pid)
+            other.ask(Do.FREE_OTHERS, context)
+            (out,) = device.message()[0].buffers
+            device.ask(Do.STATUS)
+            kept, _works, _tries, woken = device.message()[0].numbers
+            assert kept == 0
+            assert woken >= 1
+            device.give_back(out)
+        assert pool.buffer(0, PAGE) == out
+
+
+def test_who_frees_what_it_got_since_there_is_no_more_is_not_called_for_that():
+    """It would go round for ever."""
+    with PoolDevice() as device:
+        pid = runner()
+        pool = kernel_pool(device, 2 * PAGE)
+        first, second = all_handed_over(device, pool)
+        device.give_back(first)
+        device.ask(Do.RETRY_BOTH, 0, PAGE)
+        until_it_sleeps(pid)
+        device.give_back(second)
+        assert sorted(device.message()[0].buffers) == [first, second]
+        device.ask(Do.STATUS)
+        _kept, _works, tries, _woken = device.message()[0].numbers
+        assert tries <= 3
+
+
+def wait_for_a_buffer(device, name):
+    """A message waits for a buffer, and all are here."""
+    all_handed_over(device, kernel_pool(device, PAGE))
+    device.ask(Do.RETRY, 0, PAGE)
+    until_it_sleeps(runner(name))
+
+
+@pytest.mark.parametrize("how", ["closed", "says so", "killed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_who_waits_for_a_buffer_of_a_user_who_is_gone(name, how):
+    if how == "killed":
+        program = f"""
+import sys
+from tests.kernel.test_pool import PoolDevice, wait_for_a_buffer
+device = PoolDevice("{name}")
+wait_for_a_buffer(device, "{name}")
+print("waits", flush=True)
+sys.stdin.read()
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout.readline() == "waits\n"
+            process.kill()
+    else:
+        with PoolDevice(name) as device:
+            wait_for_a_buffer(device, name)
+            if how == "says so":
+                device.set_state(1)
+                assert device.kick() == 0
+                assert device.poll() & select.POLLHUP
+    wait_until(lambda: counters()["channels"] == 0)
+    with PoolDevice(name) as device:
+        device.send(b"next", type=Do.ECHO)
+        assert device.message()[0].data == b"next"
 
 
 # ---- who breaks the rules -------------------------------------------------------
@@ -760,6 +931,58 @@ def test_a_pool_that_was_closed():
         assert is_broken(device)
 
 
+def stay_for_room(device):
+    """A message stays for want of room, and nothing looks at what we have sent."""
+    pid = runner()
+    for _ in range(device.ring_size // (HEADER + 64)):
+        device.send(bytes(64), type=Do.ECHO)
+        wait_until(lambda: device.released == device.position)
+    device.send(bytes(64), type=Do.ECHO)
+    until_it_sleeps(pid)
+    assert device.released != device.position
+
+
+def close_pool_at(device, pool, ahead):
+    """Close it while the producer's page says that we are elsewhere."""
+    device.publish(device.released + ahead)
+    assert close_pool(device.fd, pool.number) == 0
+    until_it_sleeps(runner())
+    device.publish()
+
+
+def test_a_pool_that_was_closed_half_a_world_ago():
+    """It is let go, and later, by the same position, is not yet to be let go."""
+    with PoolDevice(ring_size=PAGE) as device:
+        pool = device.open_pool(2 * PAGE)
+        device.hand_over(Do.TAKE, pool.buffer(1, 1))
+        pool.unmap()
+        stay_for_room(device)
+        close_pool_at(device, pool, 64 - 2**63)
+        # The last buffer of the pool is given back in the midst of this.
+        device.ask(Do.FREE, HERE)
+        device.ask(Do.STATUS)
+        device.hand_over(Do.ECHO, pool.buffer(0, 1))
+        device.consume()
+        device.kick()
+        assert is_broken(device)
+
+
+def test_a_pool_that_was_closed_in_the_far_future():
+    """It goes when all has come that can have been in the ring."""
+    with PoolDevice(ring_size=PAGE) as device:
+        pool = device.open_pool(2 * PAGE)
+        pool.unmap()
+        stay_for_room(device)
+        close_pool_at(device, pool, 2**62)
+        device.consume()
+        assert device.kick() == 0
+        end = device.position + device.ring_size
+        while device.position < end:
+            device.send(bytes(64), type=Do.NOTHING)
+            wait_until(lambda: device.released == device.position)
+        wait_until(lambda: pages_of(device) == 0)
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -861,8 +1084,11 @@ def test_whoever_writes_anything_harms_himself(device):
 
 
 def test_pools_opened_mapped_and_closed_by_many_threads():
+    """One of them closes those that are just being opened: it can guess their numbers."""
     with PoolDevice() as device:
         end = time.monotonic() + STORM_SECONDS
+        numbers = [1]
+        guessed = 0
 
         def churn(seed):
             generator = random.Random(seed)
@@ -871,20 +1097,31 @@ def test_pools_opened_mapped_and_closed_by_many_threads():
                 assert failed in (0, errno.EMFILE)
                 if failed:
                     continue
+                numbers.append(number)
                 if generator.random() < 0.5:
-                    at = map_memory(device.fd, 4 * PAGE, offset, READ | WRITE, SHARED)
-                    ctypes.memset(at, seed, 4 * PAGE)
-                    unmap(at, 4 * PAGE)
+                    with contextlib.suppress(FileNotFoundError):
+                        at = map_memory(device.fd, 4 * PAGE, offset, READ | WRITE, SHARED)
+                        ctypes.memset(at, seed, 4 * PAGE)
+                        unmap(at, 4 * PAGE)
                 with contextlib.suppress(OSError):
                     unmap(map_memory(device.fd, PAGE, offset + (2 << 32)), PAGE)
-                assert close_pool(device.fd, number) == 0
+                assert close_pool(device.fd, number) in (0, errno.ENOENT)
+
+        def guess():
+            nonlocal guessed
+            while time.monotonic() < end:
+                for ahead in range(2, 12, 2):
+                    guessed += not close_pool(device.fd, numbers[-1] + ahead)
 
         threads = [threading.Thread(target=churn, args=(seed,)) for seed in range(4)]
+        threads.append(threading.Thread(target=guess))
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         wait_until(lambda: pages_of(device) == 0)
+        assert guessed
+        assert len(set(numbers[1:])) == len(numbers[1:])
 
 
 def test_the_channel_ends_with_everything_in_use():

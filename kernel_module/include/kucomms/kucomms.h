@@ -72,7 +72,7 @@ struct kucomms_peer {
  * @message: a message has come
  * @work: 100 times a second for each channel; true: there is more to do, call
  *	  again at once. Also called when there is room again after a send to
- *	  this channel met -EAGAIN, and when the user has given something back
+ *	  this channel met -EAGAIN, and when buffers were given back or freed
  *	  after kucomms_allocate() met -ENOBUFS. Optional.
  * @timer: once a second for each channel, with ktime_get_ns(). Optional.
  * @open: a process connects. Return 0, or an errno that it gets. Optional.

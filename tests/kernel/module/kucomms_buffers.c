@@ -40,6 +40,8 @@ enum {
 	DO_STATUS,
 	DO_UNLOCKED,		/* as DO_ECHO, by kucomms_send_unlocked() */
 	DO_WRITE,		/* BYTE into all of its buffers, which go back */
+	DO_FREE_OTHERS,		/* as DO_FREE, what the first channel keeps */
+	DO_RETRY_BOTH,		/* as DO_RETRY, for two buffers in one message, or none */
 };
 
 /* Types of what comes without being a reply. */
@@ -56,7 +58,11 @@ struct buffers_channel {
 	u64 pool_count;
 	struct kucomms_buffer *kept[BUFFERS_KEPT];
 	u32 kept_count;
+	struct kucomms_buffer *going[BUFFERS_KEPT];
+	u32 going_count;
 	u64 works;
+	u64 works_freed;
+	u64 woken;
 	u64 tries;
 	struct kucomms_message *held;
 	struct hrtimer hard;
@@ -83,21 +89,43 @@ static void buffers_answer_number(struct kucomms_channel *channel,
 	buffers_answer(channel, message, &number, sizeof(number));
 }
 
-static void buffers_free_kept(struct buffers_channel *test)
+static void buffers_free_going(struct buffers_channel *test)
 {
-	while (test->kept_count)
-		kucomms_free_buffer(test->kept[--test->kept_count]);
+	u32 count = test->going_count, i;
+
+	for (i = 0; i < count; i++)
+		kucomms_free_buffer(test->going[i]);
+	/* pairs with smp_load_acquire() in buffers_free_kept() */
+	smp_store_release(&test->going_count, 0);
 }
 
 static enum hrtimer_restart buffers_free_hard(struct hrtimer *timer)
 {
-	buffers_free_kept(container_of(timer, struct buffers_channel, hard));
+	buffers_free_going(container_of(timer, struct buffers_channel, hard));
 	return HRTIMER_NORESTART;
 }
 
 static void buffers_free_work(struct work_struct *work)
 {
-	buffers_free_kept(container_of(work, struct buffers_channel, work));
+	buffers_free_going(container_of(work, struct buffers_channel, work));
+}
+
+/* What is kept is the callbacks': who frees it elsewhere has got a list of his own. */
+static void buffers_free_kept(struct buffers_channel *test, u64 context)
+{
+	/* pairs with smp_store_release() in buffers_free_going() */
+	while (smp_load_acquire(&test->going_count))
+		cond_resched();
+	memcpy(test->going, test->kept, test->kept_count * sizeof(*test->kept));
+	test->works_freed = test->works;
+	WRITE_ONCE(test->going_count, test->kept_count);
+	test->kept_count = 0;
+	if (context == FREE_HARD)
+		hrtimer_start(&test->hard, NSEC_PER_USEC, HRTIMER_MODE_REL_HARD);
+	else if (context == FREE_WORK)
+		schedule_work(&test->work);
+	else
+		buffers_free_going(test);
 }
 
 static void buffers_sum(struct kucomms_channel *channel, const struct kucomms_message *message)
@@ -228,11 +256,34 @@ static void buffers_retry(struct buffers_channel *test, const struct kucomms_mes
 			kucomms_retry(test->channel);
 		return;
 	}
+	test->woken = test->works - test->works_freed;
 	err = buffers_send(test, &buffer, 1, 0);
 	if (err)
 		kucomms_free_buffer(buffer);
 	if (err == -EAGAIN)
 		kucomms_retry(test->channel);
+}
+
+static void buffers_retry_both(struct buffers_channel *test, const struct kucomms_message *message)
+{
+	struct kucomms_pool *pool = buffers_pool(test, buffers_argument(message, 0));
+	struct kucomms_buffer *both[2];
+	u32 count;
+
+	if (!pool)
+		return;
+	test->tries++;
+	for (count = 0; count < 2; count++) {
+		both[count] = kucomms_allocate(pool, buffers_argument(message, 1));
+		if (IS_ERR(both[count]))
+			break;
+	}
+	if (count == 2 && !buffers_send(test, both, 2, 0))
+		return;
+	if (count < 2 && PTR_ERR(both[count]) == -ENOBUFS)
+		kucomms_retry(test->channel);
+	while (count--)
+		kucomms_free_buffer(both[count]);
 }
 
 /* The first of kucomms_buffers, whose callbacks all run in one thread. */
@@ -318,7 +369,8 @@ static void buffers_write(struct buffers_channel *test, const struct kucomms_mes
 static void buffers_message(struct kucomms_channel *channel, const struct kucomms_message *message)
 {
 	struct buffers_channel *test = kucomms_channel_priv(channel);
-	u64 status[] = { test->kept_count, test->works, test->tries };
+	u64 status[] = { test->kept_count, test->works, test->tries, test->woken };
+	struct kucomms_channel *other = READ_ONCE(buffers_other);
 
 	switch (message->type) {
 	case DO_NOTHING:
@@ -330,12 +382,16 @@ static void buffers_message(struct kucomms_channel *channel, const struct kucomm
 		buffers_take(test, message);
 		break;
 	case DO_FREE:
-		if (buffers_argument(message, 0) == FREE_HARD)
-			hrtimer_start(&test->hard, NSEC_PER_USEC, HRTIMER_MODE_REL_HARD);
-		else if (buffers_argument(message, 0) == FREE_WORK)
-			schedule_work(&test->work);
-		else
-			buffers_free_kept(test);
+		buffers_free_kept(test, buffers_argument(message, 0));
+		break;
+	case DO_FREE_OTHERS:
+		/* Its callbacks run in our thread. */
+		if (other && !kucomms_priv(kucomms_channel_endpoint(channel)))
+			buffers_free_kept(kucomms_channel_priv(other),
+					  buffers_argument(message, 0));
+		break;
+	case DO_RETRY_BOTH:
+		buffers_retry_both(test, message);
 		break;
 	case DO_SEND_KEPT:
 		buffers_send_kept(test, message);

@@ -180,12 +180,17 @@ static unsigned int max_channels;
 module_param(max_channels, uint, 0600);
 MODULE_PARM_DESC(max_channels, "of endpoints that are registered from now on");
 
+static unsigned int numbered;
+module_param(numbered, uint, 0600);
+MODULE_PARM_DESC(numbered, "of endpoints that are registered from now on");
+
 static int join_register(const char *name, size_t length)
 {
 	const struct kucomms_endpoint_options options = {
 		.size = sizeof(options),
 		.flags = flags,
 		.max_channels = max_channels,
+		.numbered = numbered,
 	};
 	struct join_endpoint *endpoint;
 
