@@ -94,6 +94,14 @@ def kernel_log(_session_log):
         pytest.fail("the kernel log has faults:\n" + "\n".join(faults))
 
 
+@pytest.fixture(scope="module")
+def main_module(load, unload):
+    """kucomms.ko, for the tests of a file."""
+    load("kucomms")
+    yield
+    unload("kucomms")
+
+
 @pytest.fixture
 def cgroup():
     """A memory cgroup of version 2."""

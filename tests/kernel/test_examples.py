@@ -21,13 +21,6 @@ SYSFS = Path("/sys/devices/virtual/kucomms/kucomms")
 PATIENCE = 120.0
 
 
-@pytest.fixture(scope="module")
-def main_module(load, unload):
-    load("kucomms")
-    yield
-    unload("kucomms")
-
-
 @pytest.fixture
 def tutorial(main_module, load, unload):
     (SYSFS / "create_device").write_text("kucomms_tutorial\n")

@@ -37,6 +37,7 @@ from tests.kernel.raw_device import (
     SPACE,
     WRITE,
     RawDevice,
+    alive,
     counters,
     map_memory,
     open_device,
@@ -183,21 +184,17 @@ class Operation:
         return number, left
 
 
-def numbers_of(alive):
-    return {name: count for name, count in alive.items() if name != "protocol_errors"}
-
-
 def until_alive(before):
     """The kernel frees in threads of its own."""
     give_up = time.monotonic() + PATIENCE
-    while (now := numbers_of(counters())) != before:
+    while (now := alive()) != before:
         assert time.monotonic() < give_up, f"{before} before, {now} now"
         os.sched_yield()
 
 
-def sweep(operation, alive=lambda: numbers_of(counters()), settle=until_alive):
+def sweep(operation, count=alive, settle=until_alive):
     """Let each allocation fail once. Returns how many there are, and how often which errno."""
-    before = alive()
+    before = count()
     assert operation.attempt()[0] == 0
     settle(before)
     number, left = operation.attempt()
@@ -301,10 +298,10 @@ def loaded(modules_loaded):
     yield
     give_up = time.monotonic() + PATIENCE
     shared = SHARED_RUNNERS + 2  # and those of kucomms_join and kucomms_buffers
-    while (alive := counters())["channels"] or alive["runners"] > shared:
-        assert time.monotonic() < give_up, alive
+    while (now := counters())["channels"] or now["runners"] > shared:
+        assert time.monotonic() < give_up, now
         os.sched_yield()
-    assert alive["pages"] == 0
+    assert now["pages"] == 0
 
 
 class Write(Operation):
@@ -741,7 +738,7 @@ def test_new_thread(loaded, tell, what):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_can_be_allocated(loaded, kind):
     """Each operation fails on its own, and in the log is nothing of it."""
-    before = numbers_of(counters())
+    before = alive()
     setups = [SetUp(n, s) for n in ("test_quiet", "test_threads") for s in (PAGE, LARGE)]
     operations = [Create(), Register(), Open()] if kind == "failslab" else []
     for operation in [*operations, *setups]:

@@ -82,13 +82,6 @@ CALLBACK, HARD, PROCESS = range(3)
 # ---- the module ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def main_module(load, unload):
-    load("kucomms")
-    yield
-    unload("kucomms")
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left(main_module):
     before = alive()

@@ -51,13 +51,6 @@ TICK = 10.0
 """Milliseconds between two work ticks, for which the original had a message wait."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def main_module(load, unload):
-    load("kucomms")
-    yield
-    unload("kucomms")
-
-
 @pytest.fixture(autouse=True)
 def comes_back(main_module):
     with all_comes_back():

@@ -36,13 +36,6 @@ URL = "kernel://tutorial"
 TRACING = Path("/sys/kernel/tracing")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def main_module(load, unload):
-    load("kucomms")
-    yield
-    unload("kucomms")
-
-
 @pytest.fixture(autouse=True)
 def comes_back(main_module):
     with all_comes_back():

@@ -33,7 +33,6 @@ from tests.kernel.test_kup import (
     awaiting,
     client,
     connect,
-    main_module,
     module,
     nothing_is_left,
     numbers,
@@ -42,7 +41,7 @@ from tests.kernel.test_kup import (
 from tests.kernel.test_kup import Do as Kup
 from tests.transports import turns
 
-__all__ = ["client", "main_module", "module", "nothing_is_left"]  # fixtures
+__all__ = ["client", "module", "nothing_is_left"]  # fixtures
 
 pytestmark = pytest.mark.asyncio
 
