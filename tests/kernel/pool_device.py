@@ -8,6 +8,7 @@ import struct
 import time
 
 from tests.kernel.raw_device import (
+    BUSY,
     HEADER,
     PAGE,
     PATIENCE,
@@ -154,6 +155,10 @@ class PoolDevice(RawDevice):
             assert not self.poll(timeout=0)
             os.sched_yield()
         at = self.consumed % self.ring_size
+        # A long one is there before it is whole.
+        while self.read64(3 * PAGE + at) >> 32 & BUSY:
+            assert time.monotonic() < give_up
+            os.sched_yield()
         data = ctypes.string_at(self.kernel + 3 * PAGE, self.ring_size)
         data = (data[at:] + data[:at])[: self.available - self.consumed]
         control, *header = struct.unpack("<4Q", data[:HEADER])
