@@ -2,8 +2,8 @@
 """What all tests share: every asynchronous test runs on asyncio and on uvloop.
 
 But for those of modules that say otherwise with ``LOOPS``, since the loop is not what they test,
-and on older kernels, where for want of time only what may differ there is tested: on asyncio,
-and without the tests of polling. KUCOMMS_ALL=1 overrules that.
+and in guests, for want of time: there it is asyncio on the older kernels, which also do without
+the tests of polling, and uvloop on the newer ones. KUCOMMS_ALL=1 overrules that.
 """
 
 import asyncio
@@ -19,10 +19,11 @@ import uvloop
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These run as root on a kernel of their own: tools/guest.py boots it, and sets this there.
-collect_ignore = [] if "KUCOMMS_MODULES" in os.environ else ["kernel"]
+IN_GUEST = "KUCOMMS_MODULES" in os.environ
+collect_ignore = [] if IN_GUEST else ["kernel"]
+SHORT = IN_GUEST and not os.environ.get("KUCOMMS_ALL")
 OLDER = os.environ.get("KUCOMMS_KERNEL", "").startswith("6.1.")
-SHORT = OLDER and not os.environ.get("KUCOMMS_ALL")
-if SHORT:
+if SHORT and OLDER:
     collect_ignore.append("kernel/test_polling.py")
 # In the sanitized kernel; tests/kernel/test_guest.py sees to it that it is not left out there.
 if not os.path.exists("/sys/kernel/debug/failslab"):  # as who is not root may ask
@@ -31,7 +32,8 @@ if not os.path.exists("/sys/kernel/debug/failslab"):  # as who is not root may a
 
 def pytest_asyncio_loop_factories(config, item):
     loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-    wanted = getattr(item.module, "LOOPS", ["asyncio"] if SHORT else loops)
+    some = ["asyncio" if OLDER else "uvloop"] if SHORT else loops
+    wanted = getattr(item.module, "LOOPS", some)
     return {name: loops[name] for name in wanted}
 
 
