@@ -157,13 +157,22 @@ def test_one_peer_after_the_other(programs):
         assert ended(server) == (0, "", "")
 
 
+def until_linked(server, sender):
+    """The server is the last to map the other's half."""
+    while shared_mappings(server) < BOTH_HALVES:
+        assert sender.poll() is None
+
+
+def shared_mappings(process):
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    return sum(line.split()[1].endswith("s") for line in maps.splitlines())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_both_in_order(programs, number):
     with serving(programs) as server:
         with started(programs.sender, URL, "0") as sender:
-            # That it is connected shows in what it maps.
-            while "rw-s" not in Path(f"/proc/{sender.pid}/maps").read_text():
-                assert sender.poll() is None
+            until_linked(server, sender)
             sender.send_signal(number)
             code, output, errors = ended(sender)
             assert (code, errors) == (0, "")
@@ -175,18 +184,12 @@ def test_signals_end_both_in_order(programs, number):
 
 def test_sender_sees_that_the_server_was_killed(programs):
     with serving(programs) as server, started(programs.sender, URL, "0") as sender:
-        while shared_mappings(server) < BOTH_HALVES:  # or it dies while they still connect
-            assert sender.poll() is None
+        until_linked(server, sender)
         server.kill()
         code, output, errors = ended(sender)
         assert (code, output) == (1, "")
         assert errors.endswith(": Broken pipe\n")
     take_over(programs)
-
-
-def shared_mappings(process):
-    maps = Path(f"/proc/{process.pid}/maps").read_text()
-    return sum(line.split()[1].endswith("s") for line in maps.splitlines())
 
 
 def take_over(programs):
