@@ -15,7 +15,7 @@ CHECKERS ?= kasan kcsan
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
 	@echo "make test        everything that is checked: lint, lint-kernel, the tests here and in guests"
-	@echo "make test-kernel the tests of the kernel module, in guests with Linux 6.1 and 6.12"
+	@echo "make test-kernel all tests of the kernel module, in guests with Linux 6.1 and 6.12"
 	@echo "make test-kernel-sanitized"
 	@echo "                 the same in kernels with KASAN, lockdep, kmemleak and failing allocations,"
 	@echo "                 and with KCSAN; builds both first; CHECKERS=kasan for one of them"
@@ -82,7 +82,7 @@ test: lint lint-kernel
 
 test-kernel: setup
 	@sh tools/install-kernel-packages.sh
-	$(BIN)/python tools/guest.py
+	KUCOMMS_ALL=1 $(BIN)/python tools/guest.py --timeout 5400
 
 test-kernel-sanitized: setup
 	@sh tools/install-kernel-packages.sh
@@ -101,7 +101,7 @@ bench-kernel: setup
 matrix: setup
 	for run in $$(seq $(RUNS)); do \
 		echo "run $$run of $(RUNS)"; \
-		$(BIN)/python -m pytest -q tests/transports/test_conformance.py || exit 1; \
+		KUCOMMS_ALL=1 $(BIN)/python -m pytest -q tests/transports/test_conformance*.py || exit 1; \
 	done
 
 soak: setup

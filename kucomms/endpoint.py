@@ -26,9 +26,7 @@ from time import monotonic
 from types import CoroutineType, coroutine
 from typing import Any, TypeVar, overload
 
-import structlog
-
-from kucomms import _core, transports
+from kucomms import _core, _log, transports
 from kucomms._core import MORE, OK, PAUSE
 from kucomms._log_limit import LogLimit
 from kucomms._once import Once
@@ -60,7 +58,6 @@ from kucomms.zero_copy import borrowed_message, end_borrow
 __all__ = ["Connecting", "Endpoint", "connect"]
 
 _core.configure(Message, Token, CoroutineType)
-_log = structlog.get_logger("kucomms")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 import kucomms
-from kucomms import _core, cli
+from kucomms import _core, _log, cli
 from kucomms.cli import device, doctor
 
 
@@ -25,6 +25,7 @@ from kucomms.cli import device, doctor
 def log_of_the_process():
     """The command sets where the log goes, to a stream that pytest closes after the test."""
     yield
+    _log.to_stderr = False
     structlog.reset_defaults()
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -42,6 +42,8 @@ from tests.kernel.log import (  # noqa: E402
 
 SERIES = ("6.1", "6.12")
 SOURCES = ("kernel_module", "examples/kernel", "tests/kernel/module")
+PROGRAMS = "tests/kernel/programs"
+_MAKE = shutil.which("make") or "make"
 MODULES = Path("/lib/modules")
 BOOT = Path("/boot")
 BIN = Path(sys.prefix, "bin")
@@ -182,16 +184,10 @@ def build(kernel: Kernel, log: Path) -> Path:
         return build_in(tree, kernel, log)
 
 
-def build_in(tree: Path, kernel: Kernel, log: Path) -> Path:
-    """As build(), in this directory."""
-    for source in SOURCES:
-        if (ROOT / source).is_dir():
-            sync(ROOT / source, tree / source)
-        else:
-            shutil.rmtree(tree / source, ignore_errors=True)
-    command = ["make", "-C", str(tree / "kernel_module"), f"KDIR={kernel.kdir}", "all"]
+def make(*arguments: str, tree: Path, log: Path) -> None:
+    """Run make, add what it says to the log, and leave nothing of ``tree`` where it complains."""
     made = subprocess.run(
-        command,
+        [_MAKE, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -199,13 +195,26 @@ def build_in(tree: Path, kernel: Kernel, log: Path) -> Path:
         # "warning:" in other languages is another word; a make above us has jobs of its own.
         env=os.environ | {"LC_ALL": "C", "MAKEFLAGS": ""},
     )
-    log.write_text(made.stdout)
+    with log.open("a") as written:
+        written.write(made.stdout)
     warnings = build_warnings(made.stdout)
     if made.returncode or warnings:
         # Make would not compile again what it has warned of, and the next run would be silent.
         shutil.rmtree(tree)
         lines = warnings or made.stdout.splitlines()[-20:]
         raise click.ClickException("\n".join([f"the build failed, see {log}:", *lines]))
+
+
+def build_in(tree: Path, kernel: Kernel, log: Path) -> Path:
+    """As build(), in this directory."""
+    for source in SOURCES:
+        if (ROOT / source).is_dir():
+            sync(ROOT / source, tree / source)
+        else:
+            shutil.rmtree(tree / source, ignore_errors=True)
+    make("-C", f"{tree}/kernel_module", f"KDIR={kernel.kdir}", "all", tree=tree, log=log)
+    if (ROOT / PROGRAMS).is_dir():
+        make("-C", f"{ROOT}/{PROGRAMS}", f"BUILD={tree}/{PROGRAMS}", tree=tree, log=log)
     index(kernel, tree)
     return tree
 

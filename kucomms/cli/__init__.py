@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 
 import click
-import structlog
 
-from kucomms import KucommsError, __version__
+from kucomms import KucommsError, __version__, _log
 from kucomms.cli import bench, device, doctor, echo, listen, longtest, send
 
 __all__ = ["main"]
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         # Standard output is for what was asked for; the log of the library is not.
-        structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+        _log.to_stderr = True
         code = group.main(arguments, prog_name="kucomms", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:

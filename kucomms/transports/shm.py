@@ -24,9 +24,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
-import structlog
-
-from kucomms import _core
+from kucomms import _core, _log
 from kucomms._core import (
     CLOSED,
     FULL,
@@ -66,8 +64,6 @@ from kucomms.transports.runtime_directory import (
 )
 
 __all__ = ["transport"]
-
-_log = structlog.get_logger("kucomms")
 
 HANDSHAKE_TIMEOUT = 5.0
 """Seconds that a peer may take for its part of the rendezvous."""

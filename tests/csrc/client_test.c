@@ -126,7 +126,7 @@ static void test_urls(void)
 	      -EINVAL);
 }
 
-/* What the kernel side is like, tests/kernel/kup_client.c shows. */
+/* What the kernel side is like, tests/kernel/programs/kup_client.c shows. */
 static void test_no_device(void)
 {
 	static const char *const urls[] = {

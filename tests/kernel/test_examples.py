@@ -171,14 +171,12 @@ def watch_camera(*arguments, meanwhile=None):
     return [int(number) for number in found.groups()]
 
 
-def test_the_camera_shows_whole_frames(camera):
-    for _ in range(2):
-        frames, _dropped, torn = watch_camera("--frames", "40")
-        assert (frames, torn) == (40, 0)
-
-
-def test_the_camera_drops_what_nobody_has_room_for(camera):
-    """15 of 16 are kept, and the last one as well while the program stands still."""
+def test_the_camera_shows_whole_frames_and_drops_what_nobody_has_room_for(camera):
+    """One program after the other; of the second 15 of 16 are kept, and the last one as well
+    while the program stands still.
+    """
+    frames, _dropped, torn = watch_camera("--frames", "40")
+    assert (frames, torn) == (40, 0)
 
     def stand_still(process):
         process.send_signal(signal.SIGSTOP)

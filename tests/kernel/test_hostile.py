@@ -59,7 +59,7 @@ from tests.kernel.test_kernel_api import PARAMETERS, SHARED_RUNNERS, SYSFS, test
 LOOPS = ["asyncio"]  # what is tested is the kernel
 
 ROOT = Path(__file__).resolve().parents[2]
-STORM_SECONDS = 3
+STORM_SECONDS = int(os.environ.get("KUCOMMS_STORM_SECONDS", "1"))
 STORMS = 20
 RING = PAGE
 NOBODY = "hostile_nobody"
@@ -492,84 +492,11 @@ def test_other_calls():
         assert echoes(device)
 
 
-def compile_program(path, source, *options):
-    path.with_suffix(".c").write_text(source)
-    include = ROOT / "kernel_module/include/uapi"
-    command = ["cc", "-O2", "-Wall", "-Werror", f"-I{include}", *options]
-    subprocess.run([*command, "-o", path, path.with_suffix(".c")], check=True)
-    return path
 
 
-# Without a C library, which not every machine has for 32 bits.
-PROGRAM_32 = """
-#include <linux/kucomms.h>
-
-static long call(long n, long a, long b, long c, long d, long e, long f)
-{
-	static long six;
-	long result;
-
-	six = f;
-	__asm__ volatile("push %%ebp; mov %[six], %%ebp; int $0x80; pop %%ebp"
-		: "=a" (result)
-		: "a" (n), "b" (a), "c" (b), "d" (c), "S" (d), "D" (e), [six] "m" (six)
-		: "memory");
-	return result;
-}
-
-#define EXPECT(what) do { step++; if (!(what)) call(1, step, 0, 0, 0, 0, 0); } while (0)
-#define PAGE 4096
-#define READ64(at) (*(volatile __u64 *)(at))
-
-static struct kucomms_setup setup;
-static struct kucomms_wait wait;
-static const char path[] = "/dev/kucomms_test_quiet";
-
-void _start(void)
-{
-	unsigned char *own, *kernel;
-	int step = 0;
-	long fd = call(5, (long)path, 2, 0, 0, 0, 0);
-
-	EXPECT(fd >= 0);
-	EXPECT(call(54, fd, KUCOMMS_IOC_KICK, 0, 0, 0, 0) == -107);
-	EXPECT(call(54, fd, KUCOMMS_IOC_SETUP, 8, 0, 0, 0) == -14);
-	EXPECT(call(54, fd, KUCOMMS_IOC_SETUP, (long)&setup, 0, 0, 0) == -93);
-	EXPECT(setup.version == 1);
-	EXPECT(call(54, fd, KUCOMMS_IOC_SETUP + 1, (long)&setup, 0, 0, 0) == -25);
-	setup.ring_size = PAGE;
-	EXPECT(call(54, fd, KUCOMMS_IOC_SETUP, (long)&setup, 0, 0, 0) == 0);
-	EXPECT(setup.ring_size == PAGE && setup.page_size == PAGE);
-	EXPECT(setup.side_size == 4 * PAGE && setup.side_offset[1] == 4 * PAGE);
-	kernel = (unsigned char *)call(192, 0, 4 * PAGE, 1, 1, fd, 0);
-	EXPECT((unsigned long)kernel < -4096UL);
-	EXPECT(call(192, 0, 4 * PAGE, 3, 1, fd, 0) == -13);
-	own = (unsigned char *)call(192, 0, 4 * PAGE, 3, 1, fd, 4);
-	EXPECT((unsigned long)own < -4096UL);
-	wait.events = KUCOMMS_WAIT_DATA;
-	EXPECT(call(54, fd, KUCOMMS_IOC_WAIT, (long)&wait, 0, 0, 0) == -110);
-	READ64(own + 2 * PAGE + 128) = 1;	/* park for data */
-	READ64(own + 3 * PAGE) = 0;		/* an empty message of type 0 */
-	READ64(own + 3 * PAGE + 16) = 0x123456789abcdefULL;
-	READ64(own + PAGE) = 32;
-	EXPECT(call(54, fd, KUCOMMS_IOC_KICK, 0, 0, 0, 0) == 0);
-	wait.timeout_ns = 60000000000LL;
-	EXPECT(call(54, fd, KUCOMMS_IOC_WAIT, (long)&wait, 0, 0, 0) == 0);
-	EXPECT(wait.events == KUCOMMS_WAIT_DATA);
-	EXPECT(READ64(kernel + PAGE) == 32);
-	EXPECT(READ64(kernel + 3 * PAGE + 16) == 0x123456789abcdefULL);
-	call(1, 0, 0, 0, 0, 0, 0);
-	for (;;)
-		;
-}
-"""
-
-
-def test_program_of_32_bits(tmp_path):
-    options = ["-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie"]
-    options += ["-fno-stack-protector", "-I/usr/include/x86_64-linux-gnu"]
-    program = compile_program(tmp_path / "program", PROGRAM_32, *options)
-    assert subprocess.run([program], check=False, timeout=PATIENCE).returncode == 0
+def test_program_of_32_bits(programs):
+    done = subprocess.run([programs / "program_32"], check=False, timeout=PATIENCE)
+    assert done.returncode == 0
 
 
 # ---- the ring -------------------------------------------------------------------
@@ -798,194 +725,8 @@ async def test_end_by_hand(state):
     assert (found["kick"], found["wait"]) == (SHUT, [SHUT] * 3)
 
 
-# ---- at any time ----------------------------------------------------------------
+# ---- at any time: programs/storm.c -----------------------------------------------
 
-# One thread is a good user, another one rewrites what is shared, all the time.
-STORM = r"""
-#include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
-#include <linux/kucomms.h>
-
-#define RING 4096ULL
-#define SIDE (3 * 4096 + RING)
-#define WORD(at) (*(volatile uint64_t *)(at))
-
-static const char *mode;
-static unsigned char *own;
-static const unsigned char *kernel;
-static atomic_int going;
-static uint64_t span = 64, seed;
-
-static uint64_t draw(uint64_t *state)
-{
-	*state ^= *state << 13;
-	*state ^= *state >> 7;
-	*state ^= *state << 17;
-	return *state;
-}
-
-/* A position, a length or an epoch that is almost right. */
-static uint64_t nearly(uint64_t *state, uint64_t right)
-{
-	static const int64_t off[] = { 0, 0, 0, 8, -8, 64, -64, 4, 1, 4096, -4096, 1 << 20 };
-	uint64_t pick = draw(state) % 16;
-
-	if (pick < 12)
-		return right + off[pick];
-	if (pick == 12)
-		return 0;
-	if (pick == 13)
-		return 1ULL << 63;
-	return draw(state);
-}
-
-static void change(uint64_t *state, int what)
-{
-	static const uint32_t lengths[] = { 0, 31, 33, 40, 96, 4064, 4065, 1U << 31, ~0U, -32U };
-	unsigned char *slot = own + 3 * 4096 + draw(state) % (RING / span) * span;
-	uint64_t pick = draw(state);
-
-	switch (what) {
-	case 'd':	/* data */
-		WORD(slot + 32 + draw(state) % (span / 8 - 4) * 8) = pick;
-		break;
-	case 't':	/* type, id, value */
-		WORD(slot + 16 + pick % 2 * 8) = draw(state);
-		break;
-	case 'l':	/* lengths */
-		WORD(slot) = pick % 2 ? span - 32 : lengths[pick / 2 % 10];
-		break;
-	case 'f':	/* flags, kinds */
-		WORD(slot) = (span - 32) | (pick % 4 ? 1ULL << (32 + pick / 4 % 32) : 0);
-		break;
-	case 'p':	/* the producer's position */
-		WORD(own + 4096) = nearly(state, WORD(own + 4096));
-		break;
-	case 'c':	/* the consumer's position */
-		WORD(own + 2 * 4096) = nearly(state, WORD(kernel + 4096));
-		break;
-	case 'e':	/* epochs and wishes: no breach */
-		WORD(own + 4096 + 128 + pick % 2 * 8) = nearly(state, 1);
-		WORD(own + 2 * 4096 + 128) = nearly(state, 1);
-		break;
-	case 's':	/* the state */
-		*(volatile uint32_t *)(own + 4096 + 256) = pick % 2 ? 0 : pick / 2 % 4;
-		break;
-	default:	/* anything, anywhere */
-		WORD(own + pick % (SIDE / 8) * 8) = nearly(state, pick >> 32);
-	}
-}
-
-static void *rewrite(void *unused)
-{
-	static const char all[] = "dtlfpcesr";
-	uint64_t state = seed;
-	int i;
-
-	while (atomic_load_explicit(&going, memory_order_relaxed))
-		for (i = 0; i < 64; i++)
-			change(&state, *mode == 'a' ? all[draw(&state) % 9] : *mode);
-	return NULL;
-}
-
-static double now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-/* How the channel ended, 0 if it did not. */
-static int use(const char *path, double until, uint64_t type, uint64_t *bytes)
-{
-	struct kucomms_setup setup = { .version = 1, .ring_size = RING };
-	struct kucomms_wait wait = { .events = 3 };
-	uint64_t position = 0, count = 0;
-	struct pollfd ready = { .events = POLLIN };
-	pthread_t thread;
-	int end = 0;
-	int fd = open(path, O_RDWR | O_CLOEXEC);
-
-	if (fd < 0 || ioctl(fd, KUCOMMS_IOC_SETUP, &setup) < 0)
-		exit(2);
-	kernel = mmap(NULL, SIDE, PROT_READ, MAP_SHARED, fd, 0);
-	own = mmap(NULL, SIDE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, SIDE);
-	if (kernel == MAP_FAILED || own == MAP_FAILED)
-		exit(3);
-	atomic_store(&going, 1);
-	if (pthread_create(&thread, NULL, rewrite, NULL))
-		exit(4);
-	while (!end && now() < until) {
-		if (position - WORD(kernel + 2 * 4096) <= RING - span) {
-			unsigned char *slot = own + 3 * 4096 + position % RING;
-
-			WORD(slot) = span - 32;
-			WORD(slot + 8) = type;
-			WORD(slot + 24) = 300;
-			position += span;
-			atomic_thread_fence(memory_order_release);
-			WORD(own + 4096) = position;
-		}
-		WORD(own + 2 * 4096) = WORD(kernel + 4096);
-		if (ioctl(fd, KUCOMMS_IOC_KICK) < 0)
-			end = errno;
-		if (++count % 16 == 0) {
-			ready.fd = fd;
-			poll(&ready, 1, 0);
-			wait.events = 3;
-			wait.timeout_ns = count % 3;
-			ioctl(fd, KUCOMMS_IOC_WAIT, &wait);
-		}
-	}
-	*bytes += WORD(kernel + 2 * 4096);
-	/* Not always after the writer: the memory may go while it is written. */
-	if (count % 2)
-		close(fd);
-	atomic_store(&going, 0);
-	pthread_join(thread, NULL);
-	if (count % 2 == 0)
-		close(fd);
-	munmap(own, SIDE);
-	munmap((void *)kernel, SIDE);
-	return end;
-}
-
-int main(int argc, char **argv)
-{
-	double until = now() + atof(argv[3]);
-	int channels = 0, broken = 0, shut = 0;
-	uint64_t bytes = 0;
-
-	mode = argv[2];
-	seed = strtoull(argv[4], NULL, 0) * 2 + 1;
-	if (argc > 5)
-		span = 1024;
-	do {
-		int end = use(argv[1], until, argc > 5 ? strtoull(argv[5], NULL, 0) : 0, &bytes);
-
-		channels++;
-		broken += end == EPROTO;
-		shut += end == ESHUTDOWN;
-		if (end && end != EPROTO && end != ESHUTDOWN)
-			return 5;
-		seed += 2;
-	} while (now() < until);
-	printf("[%d, %d, %d, %llu]\n", channels, broken, shut, (unsigned long long)bytes);
-	return 0;
-}
-"""
 
 MODES = {
     "data": "d",
@@ -1002,9 +743,9 @@ MODES = {
 HARMLESS = ("data", "numbers", "epochs")
 
 
-@pytest.fixture(scope="module")
-def storm(tmp_path_factory):
-    return compile_program(tmp_path_factory.mktemp("storm") / "storm", STORM, "-pthread")
+@pytest.fixture(scope="session")
+def storm(programs):
+    return programs / "storm"
 
 
 async def run_storm(storm, name, *arguments):

@@ -26,6 +26,7 @@ import pytest
 
 import kucomms
 from tests.kernel import pool_io
+from tests.kernel.lifecycle import Child
 from tests.kernel.pool_device import (
     BUFFER,
     CONTIGUOUS,
@@ -796,23 +797,15 @@ def wait_for_a_buffer(device, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_who_waits_for_a_buffer_of_a_user_who_is_gone(name, how):
     if how == "killed":
-        program = f"""
-import sys
-from tests.kernel.test_pool import PoolDevice, wait_for_a_buffer
-device = PoolDevice("{name}")
-wait_for_a_buffer(device, "{name}")
-print("waits", flush=True)
-sys.stdin.read()
-"""
-        with subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdout.readline() == "waits\n"
-            process.kill()
+
+        def wait_for_ever(talk):
+            device = PoolDevice(name)
+            wait_for_a_buffer(device, name)
+            talk.sendall(b"waits")
+            talk.recv(1)
+
+        with Child(wait_for_ever) as child:
+            child.says("waits")
     else:
         with PoolDevice(name) as device:
             wait_for_a_buffer(device, name)
@@ -1222,7 +1215,7 @@ def test_io_under_way_when_the_process_dies(slow_device, engine, how):
         assert pool_io.in_flight(path) == 2 * pool_io.PAGES
         with contextlib.ExitStack() as stack:
             new = []
-            for _ in range(16):
+            for _ in range(4):
                 device = stack.enter_context(PoolDevice(ring_size=PAGE))
                 new += [device.open_pool(128 * PAGE) for _ in range(8)]
             for pool in new:

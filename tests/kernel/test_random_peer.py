@@ -2,7 +2,7 @@
 # ruff: noqa: ASYNC220
 """A program that does anything to a device, at random, while somebody else uses it well.
 
-``random_peer.c`` draws system calls, their arguments and what it writes into its pages.
+``programs/random_peer.c`` draws system calls, their arguments and what it writes into its pages.
 KUCOMMS_RANDOM_SECONDS: how long for each endpoint; KUCOMMS_SEED: for the same program again.
 """
 
@@ -10,11 +10,10 @@ import json
 import os
 import random
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.kernel.test_hostile import bystander, compile_program, module, nothing_is_left
+from tests.kernel.test_hostile import bystander, module, nothing_is_left
 from tests.kernel.test_kernel_api import TAME
 
 __all__ = ["module", "nothing_is_left"]  # fixtures, for each test here as well
@@ -23,16 +22,15 @@ LOOPS = ["asyncio"]  # what is tested is the kernel
 
 SECONDS = int(os.environ.get("KUCOMMS_RANDOM_SECONDS", "2"))
 SEED = int(os.environ.get("KUCOMMS_SEED") or random.getrandbits(32))
-SOURCE = Path(__file__).with_name("random_peer.c")
 # What the kernel refuses more often than not may have succeeded never in a short time; for the
-# rest the program goes on if need be. The same in random_peer.c.
+# rest the program goes on if need be. The same in
+# programs/random_peer.c.
 RARE = {"ioctl", "remap", "fault", "fork", "other", "memory"}
 
 
-@pytest.fixture(scope="module")
-def random_peer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("random") / "random_peer"
-    return compile_program(path, SOURCE.read_text(), "-pthread")
+@pytest.fixture(scope="session")
+def random_peer(programs):
+    return programs / "random_peer"
 
 
 @pytest.mark.asyncio

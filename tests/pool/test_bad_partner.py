@@ -34,6 +34,7 @@ from tests.transports.raw_peer import (
 from tests.transports.test_bad_peer import assert_closed_by_breach, attacked
 
 pytestmark = pytest.mark.asyncio
+LOOPS = ["asyncio"]  # what is tested is what is read
 
 PAGE = mmap.PAGESIZE
 _numbers = itertools.count()

@@ -18,10 +18,8 @@ import struct
 import sys
 from contextlib import asynccontextmanager, suppress
 
-import structlog
-
 import kucomms
-from kucomms import Endpoint, KucommsError, Message, PeerClosedError
+from kucomms import Endpoint, KucommsError, Message, PeerClosedError, _log
 from tests.pool.partner import Partner
 from tests.transports import raw_peer
 
@@ -264,6 +262,8 @@ async def echo_in_want(url):
         if "ulimit -n" in event.get("error", ""):
             say("out of descriptors")
         return event
+
+    import structlog
 
     structlog.configure(processors=[tell, *structlog.get_config()["processors"]])
     await echo(url)
@@ -584,7 +584,7 @@ def offers_as_another(name, flaw, ring_size=mmap.PAGESIZE):
 
 
 if __name__ == "__main__":
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    _log.to_stderr = True
     program = globals()[sys.argv[1]]
     try:
         result = program(*sys.argv[2:])
