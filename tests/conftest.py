@@ -8,6 +8,7 @@ overrules that, as ``make test-kernel`` does.
 """
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -29,6 +30,12 @@ if SHORT and OLDER:
 # In the sanitized kernel; tests/kernel/test_guest.py sees to it that it is not left out there.
 if not os.path.exists("/sys/kernel/debug/failslab"):  # as who is not root may ask
     collect_ignore.append("kernel/test_fault_injection.py")
+
+
+def pytest_collection_finish(session):
+    """Many tests have the collector run; what is here for as long as pytest is left out of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_asyncio_loop_factories(config, item):

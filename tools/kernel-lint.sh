@@ -59,7 +59,10 @@ try:
 except guest.click.ClickException as failure:
     sys.exit(failure.message)
 ')
-for version in $versions; do
+# Builds for one kernel; fails for any finding, which it prints.
+build() {
+	version=$1
+	found=
 	echo "gcc W=1 and sparse, $version"
 	# Anew each time: make does not compile again what it has warned of.
 	tree=$PWD/build/lint/$version
@@ -78,14 +81,28 @@ for source in (*guest.SOURCES, "bench/kernel/module"):
 			make -C "$kdir" M="$tree/bench/kernel/module" W=1 C=2 CF="$sparse" \
 				KUCOMMS="$tree/kernel_module" \
 				KBUILD_EXTRA_SYMBOLS="$tree/kernel_module/Module.symvers" modules
-	} >"$tree/log" 2>&1 || { failed=yes && tail -n 20 "$tree/log"; }
+	} >"$tree/log" 2>&1 || { found=yes && tail -n 20 "$tree/log"; }
 	# What counts: a finding at one of our files, from the linker of modules, or from gcc
 	# wherever it is, as that of a macro is reported in the header. Sparse has findings inside
 	# the kernel's headers, which are not ours.
 	if grep -iE '\b(warning|error):' "$tree/log" | sed "s|$tree/|OURS: |" |
 		grep -E 'OURS: |modpost:|\[-W[^]]*\]$' | sed 's|OURS: ||' | sort -u | grep .; then
-		failed=yes
+		found=yes
 	fi
+	[ -z "$found" ]
+}
+
+# All kernels at once.
+running=
+for version in $versions; do
+	build "$version" >"$OUT/$version.output" 2>&1 &
+	running="$running $!"
+done
+for pid in $running; do
+	wait "$pid" || failed=yes
+done
+for version in $versions; do
+	cat "$OUT/$version.output"
 done
 
 [ -z "$failed" ] || { echo "kernel-lint: failed" >&2; exit 1; }

@@ -72,8 +72,6 @@ def collector_in_the_tables(monkeypatch):
     gc.collect()
     gc.freeze()  # with all that is here already it would take its time
     monkeypatch.setattr(_extents, "_class_of", collect_and_class_of)
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
