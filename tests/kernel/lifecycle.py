@@ -118,6 +118,17 @@ def has_device(pid):
     return "/dev/kucomms_tutorial" in descriptors(pid).values()
 
 
+@contextmanager
+def ends(pid):
+    """A process, nobody's child here, that ends in here; after it nothing is open any more."""
+    fd = os.pidfd_open(pid)
+    try:
+        yield
+        assert select.select([fd], [], [], PATIENCE)[0], f"process {pid} is still there"
+    finally:
+        os.close(fd)
+
+
 def mappings():
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if "kucomms_" in line]
 

@@ -22,6 +22,7 @@ from tests.kernel.lifecycle import (
     all_comes_back,
     channels,
     create,
+    ends,
     failing,
     has_device,
     mremap,
@@ -230,7 +231,8 @@ def test_a_child_outlives_its_parent(tutorial, mapped):
         assert channels() == (not mapped)
         parent.tell()
         parent.says("done")
-        parent.tell()
+        with ends(child):
+            parent.tell()
         until_channels(0)
 
 

@@ -37,6 +37,7 @@ from tests.kernel.lifecycle import (
     all_comes_back,
     channels,
     create,
+    ends,
     failing,
     has_device,
     kernel_thread,
@@ -339,7 +340,8 @@ def test_a_child_outlives_its_parent(tutorial):
         parent.kill()
         until_channels(0)
         assert has_device(pid)
-        parent.tell()
+        with ends(pid):
+            parent.tell()
 
 
 # ---- idling ----------------------------------------------------------------------

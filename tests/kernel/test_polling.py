@@ -120,16 +120,21 @@ def undo_affinity():
 
 
 def test_a_ping_pong_rings_seldom(undo_affinity):
+    """When both have a processor; on a busy machine they do at some time."""
     count = 2000
     apart(thread_of("test_polling"))
-    with Pinger("test_polling") as pinger:
-        assert pinger.ping(count)
-        found = channel_counters("test_polling")
-        assert found["messages_received"] == found["messages_sent"] == count
-        assert found["polls_hit"] > count // 4
-        assert found["doorbells_heard"] == pinger.kicks
-        assert pinger.kicks < count // 2  # one each, if the thread slept between two
-        assert found["poll_ns"] > 0
+    for _ in range(10):
+        with Pinger("test_polling") as pinger:
+            assert pinger.ping(count)
+            found = channel_counters("test_polling")
+            assert found["messages_received"] == found["messages_sent"] == count
+            assert found["doorbells_heard"] == pinger.kicks
+            assert found["poll_ns"] > 0
+            # A kick each, if the thread slept between two.
+            if found["polls_hit"] > count // 4 and pinger.kicks < count // 2:
+                return
+        until(lambda: counters()["channels"] == 0, "the channel does not end")
+    pytest.fail(f"{pinger.kicks} kicks in the last {count} round trips")
 
 
 @pytest.mark.parametrize("name", ["test", "test_threads", "test_quiet", "test_in_place"])
