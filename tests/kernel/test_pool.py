@@ -579,6 +579,19 @@ def test_what_is_given_back_waits_for_room_and_goes_first():
         assert order[-3:] == [len(given)] * 3
 
 
+def test_what_was_freed_is_given_back_before_the_next_message(device):
+    """Both by callbacks of one batch, after which all is given back that is left."""
+    pool = device.open_pool(PAGE)
+    buffer = pool.buffer(0, PAGE)
+    device.hand_over(Do.TAKE, buffer)
+    wait_until(lambda: device.released == device.position)
+    device.hand_over(Do.FREE, data=bytes(8), publish=False)
+    device.send(b"behind it", type=Do.ECHO)
+    answer, before = device.message()
+    assert answer.data == b"behind it"
+    assert [frame.buffers for frame in before] == [[buffer]]
+
+
 def test_buffers_come_and_go_through_a_full_ring(device):
     """Each comes back once, whatever the state of the ring."""
     pool = device.open_pool(64 * PAGE)
