@@ -239,8 +239,9 @@ static int hand_over(struct kucomms_file *kfile,
 }
 
 /*
- * One try. Return: 0, -ESTALE when there is another endpoint by now, -EAGAIN when
- * a channel that is wanted just ends, other errors.
+ * One try. Return: 0, -ESTALE when there is another endpoint by now, -EINPROGRESS
+ * when a channel that is wanted just ends, other errors: -EAGAIN is one of them,
+ * no thread could be made.
  */
 static int ask_for_channel(struct kucomms_file *kfile,
 			   struct kucomms_setup *setup,
@@ -283,12 +284,12 @@ static int set_up(struct kucomms_file *kfile, struct kucomms_setup *setup)
 
 	do {
 		err = ask_for_channel(kfile, setup, &terms, &channel);
-		if (err == -EAGAIN &&
+		if (err == -EINPROGRESS &&
 		    wait_event_killable(device->wait,
 					has_news(device, terms.news)))
 			return -EINTR;
 		/* Each time round, an endpoint or a channel went. */
-	} while ((err == -ESTALE || err == -EAGAIN) &&
+	} while ((err == -ESTALE || err == -EINPROGRESS) &&
 		 !fatal_signal_pending(current));
 	if (err == -ECHRNG || err == -EADDRINUSE || err == -EBUSY)
 		WRITE_ONCE(kfile->seen, terms.news);

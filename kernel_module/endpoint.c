@@ -152,8 +152,8 @@ static bool number_ends(struct kucomms_endpoint *endpoint, u32 number)
  * @wanted: the number that is asked for, or -1
  *
  * Return: the number, -ENOENT for a channel without one; -ECHRNG, -EADDRINUSE,
- * -EBUSY; -EAGAIN instead of these two when a channel is just ending: there will be
- * news.
+ * -EBUSY; -EINPROGRESS instead of these two when a channel is just ending: there
+ * will be news.
  */
 int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted)
 {
@@ -162,12 +162,13 @@ int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted)
 	int busy;
 
 	/* pairs with atomic_dec_return() in kucomms_endpoint_detach() */
-	busy = atomic_read_acquire(&endpoint->device->ending) ? -EAGAIN :
+	busy = atomic_read_acquire(&endpoint->device->ending) ? -EINPROGRESS :
 								-EBUSY;
 	if (wanted >= endpoint->numbered)
 		return -ECHRNG;
 	if (wanted >= 0 && !xa_get_mark(&endpoint->numbers, wanted, FREE))
-		return number_ends(endpoint, wanted) ? -EAGAIN : -EADDRINUSE;
+		return number_ends(endpoint, wanted) ? -EINPROGRESS :
+						       -EADDRINUSE;
 	if (options->max_channels &&
 	    atomic_read(&endpoint->channels) >= options->max_channels)
 		return busy;

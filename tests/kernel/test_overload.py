@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: ASYNC110, PT012
+# ruff: noqa: ASYNC110, PT012, ASYNC240
 """More than a kernel endpoint can take, from one of many channels.
 
 The rings bound what is taken, the other channels have their turns, and a callback that blocks
@@ -17,7 +17,8 @@ import pytest
 
 import kucomms
 from kucomms import Endpoint, NotReadyError, QueueFull
-from tests.kernel.raw_device import PAGE, PATIENCE, RawDevice, counters
+from tests.kernel.lifecycle import Child
+from tests.kernel.raw_device import PAGE, PATIENCE, RawDevice, counters, open_device, set_up
 from tests.kernel.test_hostile import until
 from tests.kernel.test_kernel_api import Do, connect, numbers, test_module
 
@@ -200,3 +201,27 @@ async def test_a_callback_that_blocks():
     async with connect("test") as again:
         await again.send(b"", id=1)
         assert (await again.receive()).id == 1
+
+
+async def test_no_more_threads():
+    """Who wants a channel with a thread of its own is told; nothing waits for one."""
+
+    def ask_for_two(talk):
+        fd = open_device("test_threads")
+        talk.send(b"open")
+        for _ in range(2):
+            talk.recv(9)
+            talk.send(errno.errorcode.get(set_up(fd, ring_size=PAGE)[0], "made").encode())
+
+    most = Path("/proc/sys/kernel/threads-max")
+    before = most.read_text()
+    with Child(ask_for_two) as child:
+        child.says("open")
+        most.write_text("20")
+        try:
+            child.tell()
+            child.says("EAGAIN")
+        finally:
+            most.write_text(before)
+        child.tell()
+        child.says("made")
