@@ -231,7 +231,7 @@ struct kucomms_geometry {
  * EPROTONOSUPPORT unknown version or features, or one of the endpoint's that the
  *		   user does not know; then out: @features: what the module knows
  * EINVAL	   nonsense
- * ENOMEM
+ * ENOMEM, EAGAIN  no memory, no thread
  *
  * or what the endpoint says, whose callback is waited for, also with O_NONBLOCK.
  * So is the end of a channel that is just being closed, by who would get it.
