@@ -3,7 +3,7 @@
 """User programs that break the rules: of the device, of the ring, and at any time.
 
 They harm their own channel only: it is shut, the kernel log stays clean, and whoever else is
-on the device notices nothing.
+on the device notices nothing. KUCOMMS_STORM_SECONDS: how long each storm lasts.
 """
 
 import asyncio

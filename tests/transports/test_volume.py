@@ -39,7 +39,7 @@ async def test_a_million_each_way():
     await both_ways(1_000_000, 0)
 
 
-@pytest.mark.asyncio(loop_factories=["uvloop"])  # it takes a minute
+@pytest.mark.asyncio(loop_factories=["uvloop"])  # for want of time
 async def test_from_the_loop_and_two_threads_at_once():
     """With KUCOMMS_ALL=1 a million each way."""
     await both_ways(333_400 if os.environ.get("KUCOMMS_ALL") else 60_000, 2)
