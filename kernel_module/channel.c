@@ -5,7 +5,6 @@
 #include <linux/hardirq.h>
 #include <linux/mm.h>
 #include <linux/module.h>
-#include <linux/rcupdate.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
@@ -356,12 +355,26 @@ void kucomms_channel_signal(struct kucomms_channel *channel)
 		signal_now(channel);
 }
 
+/* Have the runner look, soon. Any context but NMI. */
+void kucomms_channel_alert(struct kucomms_channel *channel)
+{
+	set_bit(KUCOMMS_KICK, &channel->state);
+	kucomms_channel_signal(channel);
+}
+
 /* Ring the user's doorbell. */
 static void ring_user(struct kucomms_channel *channel)
 {
 	atomic64_inc(&channel->doorbells_rung);
 	trace_kucomms_wake(channel->serial);
 	kucomms_channel_signal(channel);
+}
+
+/* The same, from any context: an irq_work does it. */
+static void ring_user_later(struct kucomms_channel *channel)
+{
+	atomic64_inc(&channel->doorbells_rung);
+	irq_work_queue(&channel->signal);
 }
 
 /* What poll() tells; see the ABI header. */
@@ -392,8 +405,17 @@ void kucomms_channel_broken(struct kucomms_channel *channel)
 		return;
 	atomic64_inc(&kucomms_alive.protocol_errors);
 	trace_kucomms_protocol_error(channel->serial);
+	kucomms_channel_alert(channel);
+}
+
+/* The same, from any context. */
+static void break_later(struct kucomms_channel *channel)
+{
+	if (test_and_set_bit(KUCOMMS_BROKEN, &channel->state))
+		return;
+	atomic64_inc(&kucomms_alive.protocol_errors);
 	set_bit(KUCOMMS_KICK, &channel->state);
-	kucomms_channel_signal(channel);
+	irq_work_queue(&channel->signal);
 }
 
 /* ---- turns --------------------------------------------------------------- */
@@ -487,54 +509,82 @@ static int closed(struct kucomms_channel *channel)
 				  why_closed(channel);
 }
 
+/* A message of @length goes to the user, and the turn with it. */
 static void count_sent(struct kucomms_channel *channel, u32 length)
 {
 	channel->messages_sent++;
 	channel->bytes_sent += length;
+	/* Before it is seen: the answer brings the turn back. */
+	set_turn(channel, KUCOMMS_TURN_THEIRS);
+}
+
+/*
+ * Room for the next message, in @frame. The caller is the only sender, or has the
+ * lock, and has found that nothing is owed.
+ */
+static int take_room(struct kucomms_channel *channel, u32 length,
+		     struct kucomms_frame **frame)
+{
+	u64 span = kucomms_frame_span(length);
+	int err = kucomms_ring_next(&channel->tx, length, frame);
+
+	/* Ask for the doorbell: with it the writable callback is called. */
+	if (err == -EAGAIN && kucomms_ring_park_for_space(&channel->tx, span))
+		err = kucomms_ring_next(&channel->tx, length, frame);
+	return err;
+}
+
+/* May a message be sent now? As the only sender, or with the lock held. */
+static int may_send(struct kucomms_channel *channel)
+{
+	int err = closed(channel);
+
+	if (!err && !kucomms_has_turn(channel))
+		err = -EPERM;
+	return err;
+}
+
+/* A message of @length found no room: the writable callback will be called. */
+static void note_full(struct kucomms_channel *channel, u32 length)
+{
+	u64 span = kucomms_frame_span(length);
+
+	channel->full++;
+	/* Not forgotten when a smaller one fits meanwhile. */
+	WRITE_ONCE(channel->short_of, min(channel->short_of ?: span, span));
 }
 
 /* Where the next message goes. The caller is the only sender, or has the lock. */
 static int next_frame(struct kucomms_channel *channel, u32 length,
 		      struct kucomms_frame **frame)
 {
-	u64 span = kucomms_frame_span(length);
-	int err = closed(channel);
+	int err = may_send(channel);
 
 	if (err)
 		return err;
-	if (!kucomms_has_turn(channel))
-		return -EPERM;
 	/* What is given back, and news of pools, go first. */
 	if (kucomms_owes(channel))
 		err = kucomms_pay(channel);
 	/* The runner, which was kicked for it, goes on with that. */
 	if (err == -EINPROGRESS)
 		err = -EAGAIN;
-	if (!err) {
-		err = kucomms_ring_next(&channel->tx, length, frame);
-		/* Ask for the doorbell: with it the work callback is called. */
-		if (err == -EAGAIN &&
-		    kucomms_ring_park_for_space(&channel->tx, span))
-			err = kucomms_ring_next(&channel->tx, length, frame);
-	}
-	if (err == -EAGAIN) {
-		channel->full++;
-		/* Not forgotten when a smaller one fits meanwhile. */
-		WRITE_ONCE(channel->short_of,
-			   min(channel->short_of ?: span, span));
-	}
+	if (!err)
+		err = take_room(channel, length, frame);
+	if (err == -EAGAIN)
+		note_full(channel, length);
 	return err;
 }
 
-/* As next_frame(), and hold it. */
+/* As next_frame(), and hold it: -ENOBUFS when too many are held. */
 static int reserve(struct kucomms_channel *channel, u32 length,
 		   struct kucomms_frame **frame)
 {
 	int err = next_frame(channel, length, frame);
 
+	if (!err && !kucomms_ring_can_hold(&channel->tx))
+		err = -ENOBUFS;
 	if (!err) {
 		count_sent(channel, length);
-		set_turn(channel, KUCOMMS_TURN_THEIRS);
 		kucomms_ring_hold(&channel->tx, *frame, length);
 	}
 	return err;
@@ -607,9 +657,18 @@ static int begin(struct kucomms_channel *channel,
 	if (err)
 		return err;
 	count_sent(channel, message->length);
-	/* Before it is seen: the answer brings the turn back. */
-	set_turn(channel, KUCOMMS_TURN_THEIRS);
 	return 0;
+}
+
+/* Fill in a frame that was begun, and publish it. */
+static void publish(struct kucomms_channel *channel,
+		    struct kucomms_frame *frame,
+		    const struct kucomms_message *message, u32 flags)
+{
+	fill(frame, message);
+	kucomms_ring_publish(&channel->tx, frame,
+			     list_size(message) + message->length, flags,
+			     kucomms_frame_kind(message->buffer_count));
 }
 
 /* As the only one to send, or with the lock held. */
@@ -619,40 +678,93 @@ static int put(struct kucomms_channel *channel,
 	struct kucomms_frame *frame;
 	int err = begin(channel, message, &frame);
 
+	if (!err)
+		publish(channel, frame, message, flags);
+	return err;
+}
+
+static int put_short(struct kucomms_channel *channel,
+		     const struct kucomms_message *message, u32 flags)
+{
+	unsigned long irq;
+	int err;
+
+	raw_spin_lock_irqsave(&channel->tx_lock, irq);
+	err = put(channel, message, flags);
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	return err;
+}
+
+/* Hold a frame, to be filled in without the lock, which is held now. */
+static int begin_copy(struct kucomms_channel *channel,
+		      const struct kucomms_message *message,
+		      struct kucomms_frame **frame)
+{
+	u32 length = list_size(message) + message->length;
+	int err;
+
+	if (!kucomms_ring_can_hold(&channel->tx)) {
+		/* When one of those that copy just now has ended. */
+		note_full(channel, length);
+		WRITE_ONCE(channel->crowded, true);
+		return -EAGAIN;
+	}
+	err = begin(channel, message, frame);
 	if (!err) {
-		fill(frame, message);
-		kucomms_ring_publish(&channel->tx, frame,
-				     list_size(message) + message->length, flags,
-				     kucomms_frame_kind(message->buffer_count));
+		kucomms_ring_hold(&channel->tx, *frame, length);
+		atomic_inc(&channel->copying);
 	}
 	return err;
 }
 
-static int put_locked(struct kucomms_channel *channel,
-		      const struct kucomms_message *message, u32 flags)
+/* The runner is told when it waits for this, or when a sender does. */
+static void end_copy(struct kucomms_channel *channel)
 {
-	bool is_long = message->length > KUCOMMS_PUT_MAX;
-	u32 length = list_size(message) + message->length;
+	/*
+	 * A full barrier: pairs with smp_mb() in kucomms_channel_stop_sending().
+	 * Who stops the senders finds that none copies, or is found here.
+	 */
+	bool last = atomic_dec_and_test(&channel->copying);
+
+	if ((last && !READ_ONCE(channel->tx_open)) ||
+	    (READ_ONCE(channel->crowded) && xchg(&channel->crowded, false)))
+		kucomms_channel_alert(channel);
+}
+
+/* A long copy does not keep interrupts and other senders waiting. */
+static int put_long(struct kucomms_channel *channel,
+		    const struct kucomms_message *message, u32 flags)
+{
 	struct kucomms_frame *frame;
 	unsigned long irq;
 	int err;
 
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	if (is_long) {
-		err = begin(channel, message, &frame);
-		if (!err)
-			kucomms_ring_hold(&channel->tx, frame, length);
-	} else {
-		err = put(channel, message, flags);
-	}
+	err = begin_copy(channel, message, &frame);
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
-	/* A long copy does not keep interrupts and the others waiting. */
-	if (!err && is_long) {
-		fill(frame, message);
-		kucomms_ring_finish(frame, length, flags,
-				    kucomms_frame_kind(message->buffer_count));
-	}
-	return err;
+	if (err)
+		return err;
+	fill(frame, message);
+	kucomms_ring_finish(frame, list_size(message) + message->length, flags,
+			    kucomms_frame_kind(message->buffer_count));
+	end_copy(channel);
+	return 0;
+}
+
+/* Of the flags of a message, what a module can send. */
+static u32 flags_of(const struct kucomms_message *message)
+{
+	return message->flags & (KUCOMMS_FLAG_REPLY | KUCOMMS_FLAG_TOKEN);
+}
+
+/* A token is alone, on a channel with turns. */
+static bool token_fits(const struct kucomms_channel *channel,
+		       const struct kucomms_message *message, u32 flags)
+{
+	return !(flags & KUCOMMS_FLAG_TOKEN) ||
+	       (flags == KUCOMMS_FLAG_TOKEN && !message->length &&
+		!message->buffer_count &&
+		channel->features & KUCOMMS_FEATURE_TURNS);
 }
 
 static int send_message(struct kucomms_channel *channel,
@@ -661,37 +773,24 @@ static int send_message(struct kucomms_channel *channel,
 {
 	int err;
 
-	if (flags & KUCOMMS_FLAG_TOKEN &&
-	    (flags != KUCOMMS_FLAG_TOKEN || message->length ||
-	     message->buffer_count ||
-	     !(channel->features & KUCOMMS_FEATURE_TURNS)))
+	if (!token_fits(channel, message, flags))
 		return -EINVAL;
 	if (message->buffer_count) {
 		err = kucomms_buffers_claim(channel, message);
 		if (err)
 			return err;
 	}
-	/*
-	 * Pairs with synchronize_rcu_expedited() in end_channel() and shut():
-	 * what was reserved is committed before the user sees the end.
-	 */
-	rcu_read_lock();
-	if (locked)
-		err = put_locked(channel, message, flags);
-	else
+	if (!locked)
 		err = put(channel, message, flags);
-	rcu_read_unlock();
+	else if (message->length > KUCOMMS_PUT_MAX)
+		err = put_long(channel, message, flags);
+	else
+		err = put_short(channel, message, flags);
 	if (err && message->buffer_count)
 		kucomms_buffers_unclaim(message, message->buffer_count);
 	trace_kucomms_send(channel->serial, message->type, message->id,
 			   message->length, err);
 	return sent(channel, err);
-}
-
-/* Of the flags of a message, what a module can send. */
-static u32 flags_of(const struct kucomms_message *message)
-{
-	return message->flags & (KUCOMMS_FLAG_REPLY | KUCOMMS_FLAG_TOKEN);
 }
 
 /**
@@ -705,7 +804,7 @@ static u32 flags_of(const struct kucomms_message *message)
  * Any context but NMI; may be mixed freely with every other way to send but
  * kucomms_send_unlocked().
  *
- * Return: 0, -EAGAIN when the ring is full (the work callback is called when
+ * Return: 0, -EAGAIN when the ring is full (the writable callback is called when
  * there is room again), -EMSGSIZE when it can never fit, -ESHUTDOWN when the
  * channel is closed, -EPROTO when the user broke the rules, -EPERM when it is the
  * user's turn; -EINVAL for a token with data or buffers, as a reply, or without
@@ -719,6 +818,54 @@ int kucomms_send(struct kucomms_channel *channel,
 	return send_message(channel, message, flags_of(message), true);
 }
 EXPORT_SYMBOL_GPL(kucomms_send);
+
+/**
+ * kucomms_try_send - send from code that may have interrupted a send
+ * @channel: to whom
+ * @message: as for kucomms_send(), without buffers, at most 2048 bytes
+ *
+ * For probes, tracing callbacks and NMI handlers: it waits for no lock, wakes
+ * nobody itself (an irq_work does, a moment later), and fires no tracepoint. Any
+ * context.
+ *
+ * Return: as kucomms_send(), and -EBUSY when somebody sends on the channel just
+ * now, which may be the code that was interrupted, or when buffers that the user is
+ * to get back go first: try again later, or drop it; -EMSGSIZE also for more than
+ * 2048 bytes, -EINVAL for buffers.
+ */
+int kucomms_try_send(struct kucomms_channel *channel,
+		     const struct kucomms_message *message)
+{
+	u32 flags = flags_of(message);
+	struct kucomms_frame *frame;
+	unsigned long irq;
+	int err;
+
+	if (message->buffer_count || !token_fits(channel, message, flags))
+		return -EINVAL;
+	if (message->length > KUCOMMS_PUT_MAX)
+		return -EMSGSIZE;
+	if (!raw_spin_trylock_irqsave(&channel->tx_lock, irq))
+		return -EBUSY;
+	err = may_send(channel);
+	if (!err && kucomms_owes(channel))
+		err = -EBUSY;
+	if (!err)
+		err = take_room(channel, message->length, &frame);
+	if (err == -EAGAIN)
+		note_full(channel, message->length);
+	if (!err) {
+		count_sent(channel, message->length);
+		publish(channel, frame, message, flags);
+	}
+	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	if (err == -EPROTO)
+		break_later(channel);
+	else if (err != -ESHUTDOWN && must_ring(channel))
+		ring_user_later(channel);
+	return err;
+}
+EXPORT_SYMBOL_GPL(kucomms_try_send);
 
 /**
  * kucomms_send_unlocked - send a message, as the only sender of the channel
@@ -785,6 +932,9 @@ EXPORT_SYMBOL_GPL(kucomms_reply);
  * is fixed. The user sees nothing that comes after it before that. With turns it
  * takes the turn, and kucomms_discard() gives it back.
  *
+ * Until it is committed or discarded, its bytes are nobody else's, whatever the
+ * user says of what it has read.
+ *
  * Any context but NMI. Return: the message, or an error pointer: as
  * kucomms_send(), and -ENOBUFS when too many are out.
  */
@@ -823,6 +973,15 @@ struct kucomms_message *kucomms_reserve(struct kucomms_channel *channel,
 }
 EXPORT_SYMBOL_GPL(kucomms_reserve);
 
+/* Is this a loan that is out? */
+static bool is_out(struct kucomms_channel *channel,
+		   const struct kucomms_loan *loan)
+{
+	unsigned long slot = loan - channel->loans;
+
+	return slot < KUCOMMS_LOAN_LIMIT && test_bit(slot, &channel->loans_out);
+}
+
 static void end_loan(struct kucomms_channel *channel,
 		     struct kucomms_loan *loan)
 {
@@ -831,28 +990,46 @@ static void end_loan(struct kucomms_channel *channel,
 	sent(channel, 0);
 }
 
+/* Write into a frame what the module has put into its message. */
+static void take_header(struct kucomms_loan *loan)
+{
+	loan->frame->type = loan->message.type;
+	loan->frame->id = loan->message.id;
+	loan->frame->user_value = loan->message.user_value;
+}
+
 /**
  * kucomms_commit - send a message that was written in place
  * @channel: to whom
  * @message: from kucomms_reserve(); not to be used any more. Of its flags only
  *	     KUCOMMS_FLAG_REPLY counts
  *
- * When the channel was closed meanwhile, it is dropped. Any context but NMI.
+ * Any context but NMI. Return: 0; -ESHUTDOWN or -EPROTO when the channel was closed
+ * meanwhile, and the message is dropped; -EINVAL when it is not out: it was committed
+ * or discarded before.
  */
-void kucomms_commit(struct kucomms_channel *channel,
-		    struct kucomms_message *message)
+int kucomms_commit(struct kucomms_channel *channel,
+		   struct kucomms_message *message)
 {
 	struct kucomms_loan *loan =
 		container_of(message, struct kucomms_loan, message);
 
-	loan->frame->type = message->type;
-	loan->frame->id = message->id;
-	loan->frame->user_value = message->user_value;
+	if (!is_out(channel, loan))
+		return -EINVAL;
+	take_header(loan);
 	trace_kucomms_send(channel->serial, message->type, message->id,
 			   loan->length, 0);
 	kucomms_ring_commit(loan->frame, loan->length,
 			    message->flags & KUCOMMS_FLAG_REPLY);
 	end_loan(channel, loan);
+	/*
+	 * After the barrier in must_ring(), which pairs with smp_mb() in
+	 * kucomms_channel_stop_sending(): if sending goes on, the user finds
+	 * the message before the end.
+	 */
+	return READ_ONCE(channel->tx_open) ?
+		       kucomms_channel_user_error(channel) :
+		       why_closed(channel);
 }
 EXPORT_SYMBOL_GPL(kucomms_commit);
 
@@ -861,15 +1038,18 @@ EXPORT_SYMBOL_GPL(kucomms_commit);
  * @channel: to whom
  * @message: from kucomms_reserve(); not to be used any more
  *
- * Any context but NMI.
+ * Any context but NMI. Return: 0, -EINVAL when it is not out: it was committed or
+ * discarded before.
  */
-void kucomms_discard(struct kucomms_channel *channel,
-		     struct kucomms_message *message)
+int kucomms_discard(struct kucomms_channel *channel,
+		    struct kucomms_message *message)
 {
 	struct kucomms_loan *loan =
 		container_of(message, struct kucomms_loan, message);
 	unsigned long irq;
 
+	if (!is_out(channel, loan))
+		return -EINVAL;
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
 	channel->messages_sent--;
 	channel->bytes_sent -= loan->length;
@@ -877,6 +1057,7 @@ void kucomms_discard(struct kucomms_channel *channel,
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
 	kucomms_ring_discard(loan->frame, loan->length);
 	end_loan(channel, loan);
+	return 0;
 }
 EXPORT_SYMBOL_GPL(kucomms_discard);
 
@@ -886,8 +1067,9 @@ EXPORT_SYMBOL_GPL(kucomms_discard);
  * @length: of its data
  *
  * As kucomms_reserve(), under the conditions of kucomms_send_unlocked(), one at
- * a time: the message is to be filled in and given to
- * kucomms_commit_unlocked() before anything else is sent, or forgotten.
+ * a time: the message is to be filled in and given to kucomms_commit_unlocked() in
+ * the same callback, before anything else is sent on the channel. Or it is
+ * forgotten: nothing has been taken for it.
  *
  * Return: the message, or an error pointer as kucomms_send().
  */
@@ -900,6 +1082,7 @@ kucomms_reserve_unlocked(struct kucomms_channel *channel, u32 length)
 	err = next_frame(channel, length, &loan->frame);
 	if (err)
 		return ERR_PTR(sent(channel, err));
+	loan->position = channel->tx.position;
 	loan->length = length;
 	loan->message = (struct kucomms_message) {
 		.length = length,
@@ -913,35 +1096,58 @@ EXPORT_SYMBOL_GPL(kucomms_reserve_unlocked);
  * kucomms_commit_unlocked - send what kucomms_reserve_unlocked() has begun
  * @channel: to whom
  * @message: from there; not to be used any more
+ *
+ * From the callback that has reserved it. Between two callbacks the endpoint's
+ * thread itself may send, buffers that go back to the user for instance.
+ *
+ * Return: 0, or an error, and nothing was sent: -ESTALE when something else was
+ * sent on the channel since it was reserved, -ESHUTDOWN or -EPROTO when the channel
+ * was closed, -EPERM when the turn has gone.
  */
-void kucomms_commit_unlocked(struct kucomms_channel *channel,
-			     struct kucomms_message *message)
+int kucomms_commit_unlocked(struct kucomms_channel *channel,
+			    struct kucomms_message *message)
 {
 	struct kucomms_loan *loan =
 		container_of(message, struct kucomms_loan, message);
+	int err = may_send(channel);
 
-	loan->frame->type = message->type;
-	loan->frame->id = message->id;
-	loan->frame->user_value = message->user_value;
+	/* Its place is that of the next frame, or another message is there. */
+	if (!err && loan->position != channel->tx.position)
+		err = -ESTALE;
+	if (err)
+		return err;
+	take_header(loan);
 	count_sent(channel, loan->length);
-	set_turn(channel, KUCOMMS_TURN_THEIRS);
 	kucomms_ring_publish(&channel->tx, loan->frame, loan->length,
 			     message->flags & KUCOMMS_FLAG_REPLY,
 			     KUCOMMS_KIND_MESSAGE);
 	trace_kucomms_send(channel->serial, message->type, message->id,
 			   loan->length, 0);
-	sent(channel, 0);
+	return sent(channel, 0);
 }
 EXPORT_SYMBOL_GPL(kucomms_commit_unlocked);
 
-/* No more sends; those under way are committed after an RCU grace period. */
-void kucomms_channel_stop_sending(struct kucomms_channel *channel)
+/**
+ * kucomms_channel_stop_sending - no more sends from now on
+ * @channel: the channel; the caller is its runner
+ *
+ * Return: whether those that had begun have ended. If not, the last of them alerts
+ * the runner, which is to call this again before the user sees the end.
+ */
+bool kucomms_channel_stop_sending(struct kucomms_channel *channel)
 {
 	unsigned long irq;
 
 	raw_spin_lock_irqsave(&channel->tx_lock, irq);
-	channel->tx_open = false;
+	WRITE_ONCE(channel->tx_open, false);
 	raw_spin_unlock_irqrestore(&channel->tx_lock, irq);
+	/*
+	 * pairs with atomic_dec_and_test() in end_copy(), and with the barrier in
+	 * kucomms_commit()
+	 */
+	smp_mb();
+	/* What they wrote is seen before the end: pairs as above. */
+	return !atomic_read_acquire(&channel->copying);
 }
 
 /*
@@ -1128,8 +1334,7 @@ void kucomms_resume(struct kucomms_channel *channel)
 	/* Also when it comes before the retry itself. */
 	set_bit(KUCOMMS_RESUMED, &channel->state);
 	clear_bit(KUCOMMS_RETRY, &channel->state);
-	set_bit(KUCOMMS_KICK, &channel->state);
-	kucomms_channel_signal(channel);
+	kucomms_channel_alert(channel);
 }
 EXPORT_SYMBOL_GPL(kucomms_resume);
 
@@ -1143,7 +1348,6 @@ EXPORT_SYMBOL_GPL(kucomms_resume);
 void kucomms_close(struct kucomms_channel *channel)
 {
 	set_bit(KUCOMMS_CLOSE_WANTED, &channel->state);
-	set_bit(KUCOMMS_KICK, &channel->state);
-	kucomms_channel_signal(channel);
+	kucomms_channel_alert(channel);
 }
 EXPORT_SYMBOL_GPL(kucomms_close);

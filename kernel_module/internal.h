@@ -166,9 +166,17 @@ struct kucomms_runner {
 	struct work_struct reap;
 };
 
+/**
+ * struct kucomms_loan - a message that is written in place
+ * @message: what the module has
+ * @frame: its place in the ring
+ * @position: of @frame, when it was begun without the lock
+ * @length: that it was made for
+ */
 struct kucomms_loan {
 	struct kucomms_message message;
 	struct kucomms_frame *frame;
+	u64 position;
 	u32 length;
 };
 
@@ -195,7 +203,7 @@ enum {
  * @next: the number of a side's next pool, by two
  * @slots: those that are alive, of side 0 and of side 1
  * @sweep: some of them may have to go
- * @is_short: the module has found no room in a pool
+ * @is_short: the module has found no room in a pool, and has not been told of any
  * @back: buffers that are to be given back to the user
  * @news: of pools
  * @first_back: the next of those that were in @back; the sender's, as are
@@ -272,6 +280,8 @@ enum {
  * @short_of: a send of so many bytes has met a full ring; 0 for none
  * @loans_out: which of @loans are in use
  * @loans: messages that are written in place
+ * @copying: long messages that are copied without the lock just now
+ * @crowded: too many were copied at once for one more
  * @rx: the ring from the user; the runner's own
  * @turn_at: position of the message that has brought the turn; the runner's own
  * @in_hand: the message that the callback has now
@@ -324,6 +334,8 @@ struct kucomms_channel {
 	u64 full;
 	unsigned long loans_out;
 	struct kucomms_loan loans[KUCOMMS_LOAN_LIMIT];
+	atomic_t copying;
+	bool crowded;
 
 	struct kucomms_ring_consumer rx;
 	u64 turn_at;
@@ -389,6 +401,7 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features);
 int kucomms_channel_mmap(struct kucomms_channel *channel,
 			 struct vm_area_struct *vma);
 void kucomms_channel_signal(struct kucomms_channel *channel);
+void kucomms_channel_alert(struct kucomms_channel *channel);
 void kucomms_channel_broken(struct kucomms_channel *channel);
 void kucomms_channel_lose_user(struct kucomms_channel *channel);
 void kucomms_channel_user_gone(struct kucomms_channel *channel);
@@ -396,7 +409,7 @@ int kucomms_channel_user_error(const struct kucomms_channel *channel);
 __poll_t kucomms_channel_events(struct kucomms_channel *channel);
 bool kucomms_channel_pay(struct kucomms_channel *channel);
 bool kucomms_channel_room(struct kucomms_channel *channel);
-void kucomms_channel_stop_sending(struct kucomms_channel *channel);
+bool kucomms_channel_stop_sending(struct kucomms_channel *channel);
 void kucomms_channel_take_turn(struct kucomms_channel *channel);
 int kucomms_channel_check_turn(const struct kucomms_channel *channel,
 			       const struct kucomms_view *view);

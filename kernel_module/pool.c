@@ -654,9 +654,9 @@ static void freed(struct kucomms_channel *channel, u64 allocated)
  *	    in the callback; not to be used any more
  *
  * That of a pool of the user is given back to it, that of a pool of the module is
- * free again: if kucomms_allocate() has met -ENOBUFS, the work callback is called,
- * but not for what one message or work callback has both allocated and freed. Any
- * context but NMI.
+ * free again: if kucomms_allocate() has met -ENOBUFS, the buffers_available callback
+ * is called, but not for what one callback has both allocated and freed. Any context
+ * but NMI.
  */
 void kucomms_free_buffer(struct kucomms_buffer *buffer)
 {
@@ -780,10 +780,10 @@ static unsigned long use(struct kucomms_pool *pool, unsigned long count)
  * It begins at a page. What is in it is what was there before, of the pool.
  *
  * Any context but NMI; the time grows with the pages of the pool. Return: the
- * buffer, or an error pointer: -ENOBUFS when there is no room for it now (the work
- * callback is called when something was given back or freed), -EMSGSIZE when there
- * never is, -EINVAL; when there is no room and the user is gone, what kucomms_send()
- * says then.
+ * buffer, or an error pointer: -ENOBUFS when there is no room for it now (the
+ * buffers_available callback is called when something was given back or freed),
+ * -EMSGSIZE when there never is, -EINVAL; when there is no room and the user is gone,
+ * what kucomms_send() says then.
  */
 struct kucomms_buffer *kucomms_allocate(struct kucomms_pool *pool, u64 length)
 {
@@ -1193,7 +1193,7 @@ void kucomms_buffers_done(struct kucomms_channel *channel)
 	pools->hand_count = 0;
 }
 
-/* A message or work callback of the channel. */
+/* A callback of the channel that may allocate: each but those for its life. */
 void kucomms_callback_begins(struct kucomms_channel *channel)
 {
 	struct kucomms_pools *pools = channel->pools;

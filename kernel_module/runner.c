@@ -8,8 +8,8 @@
 #include <linux/kthread.h>
 #include <linux/mm.h>
 #include <linux/module.h>
-#include <linux/rcupdate.h>
 #include <linux/sched.h>
+#include <linux/sched/stat.h>
 #include <linux/slab.h>
 
 #include "internal.h"
@@ -116,14 +116,15 @@ static void call_close(struct kucomms_runner *runner,
 	atomic_dec(&endpoint->opened);
 }
 
-/* End one channel. @state: what the user is told, OPEN for nothing. */
+/*
+ * End one channel. @state: what the user is told, OPEN for nothing. While a send is
+ * under way nothing happens: it alerts us when it is over, and we come here again.
+ */
 static void end_channel(struct kucomms_runner *runner,
 			struct kucomms_channel *channel, u32 state)
 {
-	kucomms_channel_stop_sending(channel);
-	if (state != KUCOMMS_STATE_OPEN)
-		/* pairs with rcu_read_lock() in send_message() */
-		synchronize_rcu_expedited();
+	if (!kucomms_channel_stop_sending(channel))
+		return;
 	hang_up(channel, state);
 	call_close(runner, channel);
 	detach(runner, channel);
@@ -141,6 +142,19 @@ static void refuse(struct kucomms_runner *runner,
 	kucomms_channel_put(channel);
 }
 
+/* Sleep until no send on the channel is under way. */
+static void wait_for_senders(struct kucomms_channel *channel)
+{
+	for (;;) {
+		/* Before the look: the last sender wakes us after it. */
+		set_current_state(TASK_IDLE);
+		if (kucomms_channel_stop_sending(channel))
+			break;
+		schedule();
+	}
+	__set_current_state(TASK_RUNNING);
+}
+
 /* The endpoint goes: no channel is left after this. */
 static void shut(struct kucomms_runner *runner)
 {
@@ -154,10 +168,10 @@ static void shut(struct kucomms_runner *runner)
 		return;
 	list_for_each_entry(channel, &runner->channels, attached)
 		kucomms_channel_stop_sending(channel);
-	/* pairs with rcu_read_lock() in send_message(); once for all of them */
-	synchronize_rcu_expedited();
-	list_for_each_entry(channel, &runner->channels, attached)
+	list_for_each_entry(channel, &runner->channels, attached) {
+		wait_for_senders(channel);
 		hang_up(channel, KUCOMMS_STATE_SHUTDOWN);
+	}
 	list_for_each_entry_safe(channel, next, &runner->channels, attached) {
 		call_close(runner, channel);
 		detach(runner, channel);
@@ -455,23 +469,43 @@ static int drain(struct kucomms_runner *runner,
 	return err;
 }
 
+/* Have the runner look at its channel once more. */
+static void look_again(struct kucomms_runner *runner,
+		       struct kucomms_channel *channel)
+{
+	unsigned long irq;
+
+	raw_spin_lock_irqsave(&channel->runner_lock, irq);
+	make_ready(runner, channel);
+	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+}
+
 static void call_work(struct kucomms_runner *runner,
 		      struct kucomms_channel *channel)
 {
-	unsigned long irq;
 	bool again;
 
-	if (!runner->endpoint->ops->work)
-		return;
 	kucomms_callback_begins(channel);
 	again = runner->endpoint->ops->work(channel);
 	if (again)
 		set_bit(KUCOMMS_WORK_AGAIN, &channel->state);
-	if (!kucomms_callback_ended(channel) && !again)
+	if (kucomms_callback_ended(channel) || again)
+		look_again(runner, channel);
+}
+
+/* Tell the module that there is @what again: room in the ring, or buffers. */
+static void tell_module(struct kucomms_runner *runner,
+			struct kucomms_channel *channel,
+			void (*what)(struct kucomms_channel *channel))
+{
+	/* What is left for later may be tried again. */
+	clear_bit(KUCOMMS_RETRY, &channel->state);
+	if (!what)
 		return;
-	raw_spin_lock_irqsave(&channel->runner_lock, irq);
-	make_ready(runner, channel);
-	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+	kucomms_callback_begins(channel);
+	what(channel);
+	if (kucomms_callback_ended(channel))
+		look_again(runner, channel);
 }
 
 /*
@@ -512,14 +546,13 @@ static int look_ahead(struct kucomms_channel *channel)
 	return err;
 }
 
-/* Were buffers missing, and are there some now? Then whoever waits tries again. */
+/* Were buffers missing, and are there some now? Then the module tries again. */
 static bool try_again(struct kucomms_runner *runner,
 		      struct kucomms_channel *channel)
 {
 	if (!kucomms_buffers_came_back(channel))
 		return false;
-	clear_bit(KUCOMMS_RETRY, &channel->state);
-	call_work(runner, channel);
+	tell_module(runner, channel, runner->endpoint->ops->buffers_available);
 	return true;
 }
 
@@ -543,18 +576,13 @@ static bool wait_for_retry(struct kucomms_runner *runner,
 static void after_buffers(struct kucomms_runner *runner,
 			  struct kucomms_channel *channel)
 {
-	unsigned long irq;
-
 	kucomms_pools_sweep(channel);
 	try_again(runner, channel);
 	if (!kucomms_owes(channel) || !kucomms_channel_pay(channel))
 		return;
 	/* A send that met what was owed is to be told of the room that is left. */
-	if (READ_ONCE(channel->short_of)) {
-		raw_spin_lock_irqsave(&channel->runner_lock, irq);
-		make_ready(runner, channel);
-		raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
-	}
+	if (READ_ONCE(channel->short_of))
+		look_again(runner, channel);
 }
 
 /* Look at one channel. Return: whether there is more to do. */
@@ -576,10 +604,8 @@ static bool serve(struct kucomms_runner *runner,
 	if (test_and_clear_bit(KUCOMMS_WORK_AGAIN, &channel->state))
 		call_work(runner, channel);
 	kucomms_pools_sweep(channel);
-	if (kucomms_channel_pay(channel) && kucomms_channel_room(channel)) {
-		clear_bit(KUCOMMS_RETRY, &channel->state);
-		call_work(runner, channel);
-	}
+	if (kucomms_channel_pay(channel) && kucomms_channel_room(channel))
+		tell_module(runner, channel, runner->endpoint->ops->writable);
 	/* First whether more can come, then what has come. */
 	state = kucomms_ring_peer_state(&channel->rx);
 	if (state != KUCOMMS_STATE_OPEN)
@@ -692,9 +718,7 @@ static bool serve_all(struct kucomms_runner *runner)
 		if (list_empty(&channel->attached)) {
 			open_channel(runner, channel);
 		} else if (serve(runner, channel)) {
-			raw_spin_lock_irqsave(&channel->runner_lock, irq);
-			make_ready(runner, channel);
-			raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+			look_again(runner, channel);
 		}
 		run_ticks(runner);
 		cond_resched();
@@ -755,6 +779,15 @@ static bool poll_once(struct kucomms_runner *runner)
 	return false;
 }
 
+/*
+ * Does another task want this processor? It may be the one to send. A kernel with
+ * lazy preemption does not say so by need_resched() before the next tick.
+ */
+static bool is_wanted_elsewhere(void)
+{
+	return need_resched() || !single_task_running();
+}
+
 /* Spin for the channels that were drained. Whether something came. */
 static bool poll_drained(struct kucomms_runner *runner)
 {
@@ -770,8 +803,7 @@ static bool poll_drained(struct kucomms_runner *runner)
 			hit = poll_once(runner);
 			cpu_relax();
 		}
-		/* Who else wants this processor may be the one to send. */
-		ends = need_resched() || any_ready(runner) ||
+		ends = is_wanted_elsewhere() || any_ready(runner) ||
 		       kthread_should_stop() || READ_ONCE(runner->shut);
 		now = ktime_get();
 	}
@@ -784,7 +816,7 @@ static bool poll_drained(struct kucomms_runner *runner)
 	}
 	if (hit) {
 		poll_grow(runner);
-	} else if (!ends || need_resched()) {
+	} else if (!ends || is_wanted_elsewhere()) {
 		poll_shrink(runner);
 		if (!runner->poll_budget)
 			runner->poll_rest = POLL_REST;
@@ -796,15 +828,11 @@ static bool poll_drained(struct kucomms_runner *runner)
 static bool end_drained(struct kucomms_runner *runner, bool hit)
 {
 	struct kucomms_channel *channel, *next;
-	unsigned long irq;
 
 	list_for_each_entry_safe(channel, next, &runner->drained, drained) {
 		undrain(runner, channel);
-		if (!hit && !kucomms_ring_park_for_data(&channel->rx))
-			continue;
-		raw_spin_lock_irqsave(&channel->runner_lock, irq);
-		make_ready(runner, channel);
-		raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
+		if (hit || kucomms_ring_park_for_data(&channel->rx))
+			look_again(runner, channel);
 	}
 	return any_ready(runner);
 }

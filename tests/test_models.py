@@ -23,6 +23,7 @@ NAMED = re.compile(r"model: (\w+\.pml) (WITHOUT_\w+)")
 
 WHOLE = (
     ("close",),
+    ("held",),
     ("lazy",),
     ("park",),
     ("senders",),
@@ -43,6 +44,8 @@ BROKEN = (
     ("transfer", RACE, "WITHOUT_PEEK_ACQUIRE"),
     ("transfer", RACE, "WITHOUT_GIVE_BACK_RELEASE"),
     ("transfer", RACE, "WITHOUT_CONSUMED_ACQUIRE"),
+    ("held", RACE, "WITHOUT_FORGET_ACQUIRE"),
+    ("held", RACE, "WITHOUT_FINISH_RELEASE"),
     ("close", LATE, "WITHOUT_SET_STATE_RELEASE"),
     ("close", LATE, "WITHOUT_PEER_STATE_ACQUIRE"),
     ("park", ASLEEP, "WITHOUT_WAKE_CONSUMER_MB"),
@@ -54,6 +57,7 @@ BROKEN = (
     ("starve", ASLEEP, "WITHOUT_PARK_FOR_DATA_MB"),
     ("senders", ASLEEP, "KERNEL", "WITHOUT_MUST_RING_MB"),
     ("senders", ASLEEP, "KERNEL", "WITHOUT_CMPXCHG"),
+    ("held", RACE, "WITHOUT_RULE"),
     ("close", LATE, "STATE_AFTER"),
     ("close", LATE, "SKIPPED_IS_ALL"),
     ("close", LATE, "LAST_LOOK_EARLY"),
@@ -116,7 +120,7 @@ def test_model_without_it_fails(tmp_path, broken):
 
 def test_ring_has_the_barriers_that_the_models_know():
     assert sorted(kind for kind, _ in ALL_BARRIERS) == (
-        ["smp_load_acquire"] * 4 + ["smp_mb"] * 6 + ["smp_store_release"] * 4
+        ["smp_load_acquire"] * 5 + ["smp_mb"] * 6 + ["smp_store_release"] * 4
     )
 
 

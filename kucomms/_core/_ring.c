@@ -267,6 +267,8 @@ static enum status status_of(int err)
 		return TOO_LARGE;
 	case -EPERM:
 		return OUT_OF_TURN;
+	case -ENOBUFS:
+		return TOO_MANY_LOANS;
 	default:
 		return PROTOCOL;
 	}

@@ -442,12 +442,147 @@ static void test_many_discarded(void)
 		kucomms_channel_release(&pair.b);
 
 	/* That the producer is gone is no reason to believe that this is all. */
-	for (looks = 0; looks < KUCOMMS_SKIP_MOST; looks++)
+	discard(&pair, KUCOMMS_SKIP_MOST - KUCOMMS_HELD_MOST);
+	for (looks = 0; looks < KUCOMMS_HELD_MOST; looks++)
 		reserve(&pair, 0, 2, NULL);
 	CHECK(send_pattern(&pair, 10, 3) >= 0);
 	pair.b.rx.final = 1;
 	CHECK(kucomms_channel_peek(&pair.b, &view) == KUCOMMS_SKIPPED);
 	receive_pattern(&pair, 10, 3);
+	expect_empty(&pair);
+	pair_close(&pair);
+}
+
+/* ---- a consumer that lies about what it has read -------------------------- */
+
+static void lie(struct pair *pair, uint64_t position)
+{
+	WRITE_ONCE(raw_consumer(pair)->position, position);
+}
+
+static void check_untouched(const struct kucomms_frame *frame, uint32_t length,
+			    uint64_t seed)
+{
+	uint32_t i;
+
+	CHECK(frame->type == seed && frame->id == ~seed);
+	for (i = 0; i < length; i++)
+		CHECK(((const unsigned char *)(frame + 1))[i] ==
+		      pattern(seed, i));
+}
+
+/* Send until there is no more room, or something is wrong. */
+static int send_until_error(struct pair *pair)
+{
+	int err;
+
+	do {
+		err = send_pattern(pair, 64, 9);
+	} while (err >= 0);
+	return err;
+}
+
+/* Each way to look for room, over a loan that is out, of which the peer says it is read. */
+static void test_consumer_beyond_a_loan(void)
+{
+	const uint64_t lies[] = { 8, KUCOMMS_HEADER_SIZE + 104, UINT64_MAX };
+	struct kucomms_frame *loan, *other;
+	unsigned int how, lie_number;
+	struct pair pair;
+	uint64_t before;
+	int err;
+
+	for (lie_number = 0; lie_number < 3; lie_number++) {
+		for (how = 0; how < 4; how++) {
+			pair_open(&pair, 0);
+			loan = reserve(&pair, 100, 1, NULL);
+			before = pair.a.tx.position;
+			while (send_pattern(&pair, 64, 9) >= 0)
+				continue;
+			lie(&pair, lies[lie_number] == UINT64_MAX ?
+			    pair.a.tx.position : lies[lie_number]);
+			if (how == 0)
+				err = send_until_error(&pair);
+			else if (how == 1)
+				err = kucomms_channel_reserve(&pair.a, 64,
+							      &other, NULL);
+			else if (how == 2)	/* a long one */
+				err = kucomms_channel_send(&pair.a, loan + 1,
+							   (uint32_t)pair.size / 2,
+							   0, 1, 2, 3);
+			else		/* looks again instead of sleeping */
+				err = kucomms_channel_park_tx(&pair.a, 64) ==
+				      -EAGAIN ? send_until_error(&pair) : 0;
+			CHECK(err == -EPROTO);
+			CHECK(pair.a.tx.consumed == 0);
+			CHECK(pair.a.tx.position > before);
+			check_untouched(loan, 100, 1);
+			pair_close(&pair);
+		}
+	}
+}
+
+/* What is behind a loan is not free before that is committed, either. */
+static void test_room_behind_a_loan(void)
+{
+	struct kucomms_frame *first, *second, *third;
+	struct pair pair;
+
+	pair_open(&pair, 0);
+	CHECK(send_pattern(&pair, 64, 1) >= 0);
+	first = reserve(&pair, 64, 2, NULL);
+	second = reserve(&pair, 64, 3, NULL);
+	CHECK(send_pattern(&pair, 64, 4) >= 0);
+	third = reserve(&pair, 64, 5, NULL);
+	CHECK(pair.a.tx.held_count == 3);
+	/* Up to a loan the consumer may be, and no further. */
+	receive_pattern(&pair, 64, 1);
+	CHECK(!kucomms_ring_refresh_consumed(&pair.a.tx));
+	CHECK(pair.a.tx.consumed == 96);
+	lie(&pair, 96 + 8);
+	CHECK(kucomms_ring_refresh_consumed(&pair.a.tx) == -EPROTO);
+	/* The second one is committed, and the first one is still out. */
+	kucomms_ring_commit(second, 64, 0);
+	lie(&pair, 96 + 192);
+	CHECK(kucomms_ring_refresh_consumed(&pair.a.tx) == -EPROTO);
+	CHECK(pair.a.tx.held_count == 2);
+	lie(&pair, 96);
+	kucomms_channel_discard(&pair.a, first, 64);
+	receive_pattern(&pair, 64, 3);
+	receive_pattern(&pair, 64, 4);
+	CHECK(!kucomms_ring_refresh_consumed(&pair.a.tx));
+	CHECK(pair.a.tx.consumed == 96 * 4 && pair.a.tx.held_count == 1);
+	kucomms_ring_commit(third, 64, 0);
+	receive_pattern(&pair, 64, 5);
+	CHECK(!kucomms_ring_refresh_consumed(&pair.a.tx));
+	CHECK(pair.a.tx.consumed == 96 * 5 && !pair.a.tx.held_count);
+	expect_empty(&pair);
+	pair_close(&pair);
+}
+
+/* As many as can be held; a long message is sent all the same, in another way. */
+static void test_many_held(void)
+{
+	const uint32_t large = KUCOMMS_PUT_MAX + 1;
+	struct kucomms_frame *frames[KUCOMMS_HELD_MOST], *one_more;
+	struct pair pair;
+	unsigned int i;
+
+	pair_open(&pair, 1 << 16);
+	for (i = 0; i < KUCOMMS_HELD_MOST; i++)
+		frames[i] = reserve(&pair, 8, i, NULL);
+	CHECK(kucomms_channel_reserve(&pair.a, 8, &one_more, NULL) == -ENOBUFS);
+	CHECK(send_pattern(&pair, large, i) >= 0);
+	/* Any that is committed makes room for one. */
+	kucomms_ring_commit(frames[i / 2], 8, 0);
+	CHECK(!kucomms_channel_reserve(&pair.a, 8, &one_more, NULL));
+	kucomms_channel_discard(&pair.a, one_more, 8);
+	for (i = 0; i < KUCOMMS_HELD_MOST; i++)
+		if (i != KUCOMMS_HELD_MOST / 2)
+			kucomms_ring_commit(frames[i], 8, 0);
+	for (i = 0; i < KUCOMMS_HELD_MOST; i++)
+		receive_pattern(&pair, 8, i);
+	receive_pattern(&pair, large, i);
 	expect_empty(&pair);
 	pair_close(&pair);
 }
@@ -1130,19 +1265,23 @@ static void test_hostile_consumer(void)
 	pair_close(&pair);
 }
 
-/* The consumer passes a loan that is still written: its bytes stay taken. */
-static void test_hostile_consumer_passes_loan(void)
+/* The consumer has read a loan of which a view lives: its bytes stay taken. */
+static void test_consumer_passes_pinned_loan(void)
 {
+	struct kucomms_frame *frame;
 	struct kucomms_pin pin;
 	struct pair pair;
 	uint32_t most;
 
 	pair_open(&pair, 0);
 	most = (uint32_t)kucomms_message_max(pair.size);
-	reserve(&pair, 1000, 1, &pin);
-	raw_consumer(&pair)->position = pair.a.tx.position;
+	frame = reserve(&pair, 1000, 1, &pin);
 	CHECK(kucomms_channel_tx_free(&pair.a) == pair.size - 1032);
+	kucomms_channel_discard(&pair.a, frame, 1000);
+	expect_empty(&pair);
+	kucomms_channel_release(&pair.b);
 	CHECK(send_pattern(&pair, most, 2) == -EAGAIN);
+	CHECK(kucomms_channel_tx_free(&pair.a) == pair.size - 1032);
 	kucomms_channel_unpin_tx(&pair.a, &pin);
 	CHECK(send_pattern(&pair, most, 2) >= 0);
 	pair_close(&pair);
@@ -1433,6 +1572,9 @@ static const struct {
 	{ "busy_front", test_busy_front },
 	{ "discard", test_discard },
 	{ "many_discarded", test_many_discarded },
+	{ "consumer_beyond_a_loan", test_consumer_beyond_a_loan },
+	{ "room_behind_a_loan", test_room_behind_a_loan },
+	{ "many_held", test_many_held },
 	{ "final", test_final },
 	{ "state", test_state },
 	{ "borrow", test_borrow },
@@ -1453,7 +1595,7 @@ static const struct {
 	{ "hostile_final", test_hostile_final },
 	{ "hostile_after_the_end", test_hostile_after_the_end },
 	{ "hostile_consumer", test_hostile_consumer },
-	{ "hostile_consumer_passes_loan", test_hostile_consumer_passes_loan },
+	{ "consumer_passes_pinned_loan", test_consumer_passes_pinned_loan },
 	{ "turns", test_turns },
 	{ "turn_when_full", test_turn_when_full },
 	{ "turn_at_a_look", test_turn_at_a_look },

@@ -66,8 +66,20 @@ PLANTS = (
     Plant(
         "unchecked-consumer-position",
         "producer",
-        "||\n\t    seen - p->consumed > p->position - p->consumed)",
-        ")",
+        "||\n\t    seen - p->consumed > limit - p->consumed)",
+        "||\n\t    limit & 1)",
+    ),
+    Plant(
+        "loan-freed-by-the-consumer",
+        "producer",
+        "\t\tif (p->held_count)\n\t\t\tlimit = p->held[0];\n",
+        "",
+    ),
+    Plant(
+        "loan-forgotten-behind-another",
+        "producer",
+        "p->held[kept++] = p->held[i];",
+        "kept = i ? kept : 1;",
     ),
     Plant(
         "double-fetch-of-length",

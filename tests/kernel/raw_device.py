@@ -6,6 +6,7 @@ Memory is mapped and read by address, because ``mmap`` of Python is too careful.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import select
@@ -223,10 +224,21 @@ class RawDevice(DiscardingProducer):
         self.publish()
         assert self.kick() == 0
 
+    def send_if_alive(self, data, **fields):
+        """The same, but the kernel may have shut the channel, or not have made room."""
+        if self.position + HEADER + len(data) - self.released <= self.ring_size:
+            self.frame(data, **fields)
+            self.publish()
+        assert self.kick() in (0, errno.EPROTO)
+
     @property
     def released(self):
         """How far the kernel has read."""
         return self.read64(2 * PAGE)
+
+    def kernel_data(self, position, length):
+        """Bytes of the kernel's ring, which do not cross its end."""
+        return ctypes.string_at(self.kernel + 3 * PAGE + position % self.ring_size, length)
 
     def set_state(self, state):
         ctypes.c_uint32.from_address(self.own + PAGE + 256).value = state

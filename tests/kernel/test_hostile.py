@@ -18,6 +18,7 @@ import random
 import select
 import signal
 import stat
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -54,7 +55,7 @@ from tests.kernel.raw_device import (
     unmap,
     wait,
 )
-from tests.kernel.test_kernel_api import PARAMETERS, SHARED_RUNNERS, SYSFS, test_module
+from tests.kernel.test_kernel_api import PARAMETERS, SHARED_RUNNERS, SYSFS, Do, test_module
 
 LOOPS = ["asyncio"]  # what is tested is the kernel
 
@@ -492,8 +493,6 @@ def test_other_calls():
         assert echoes(device)
 
 
-
-
 def test_program_of_32_bits(programs):
     done = subprocess.run([programs / "program_32"], check=False, timeout=PATIENCE)
     assert done.returncode == 0
@@ -611,6 +610,44 @@ def bad_consumer(change, good_turns=0):
     return attack
 
 
+PROVOKED = {
+    "send": (Do.FILL, (256,)),
+    "send_unlocked": (Do.UNLOCKED, (200,)),
+    "reserve": (Do.LOANS, (7,)),
+    "long_send": (Do.ECHO, (0,) * 400),
+    "long_send_unlocked": (Do.ECHO_UNLOCKED, (0,) * 400),
+}
+LENT = 256
+
+
+def beyond_a_loan(how, lie):
+    """Move the consumer over a loan that is out, and have the kernel look for room.
+
+    Not one of its bytes may become another message's, for whoever has the loan reads it, too.
+    """
+    what, arguments = PROVOKED[how]
+
+    def attack(device):
+        device.send(struct.pack("<Q", LENT), type=Do.LEND)
+        until(lambda: device.available == 2 * HEADER + LENT + 2 * 8)
+        device.consume(lie(device))
+        # Until it sees that, or has gone round the ring.
+        for _ in range(4 * RING // 1000):
+            device.send_if_alive(struct.pack(f"<{len(arguments)}Q", *arguments), type=what)
+            until(lambda: device.released == device.position or device.poll(timeout=0))
+        loan = device.kernel_data(HEADER, LENT)
+        assert loan == b"\xa5" * LENT, loan
+
+    return attack
+
+
+LIES = {
+    "all": lambda device: device.available,
+    "a_part": lambda device: 8,
+    "the_loan": lambda device: HEADER + LENT,
+}
+
+
 def bad_state(state):
     def attack(device):
         device.send(*GOOD)
@@ -650,6 +687,10 @@ BREACHES = {
     "consumer_a_frame_back": bad_consumer(lambda at: at - 4 * 1032, good_turns=3),
     "consumer_misaligned": bad_consumer(lambda at: at + 4),
     "consumer_below_zero": bad_consumer(lambda at: -8),
+    **{
+        f"consumer_beyond_a_loan_{how}_{lie}": beyond_a_loan(how, LIES[lie])
+        for how, lie in itertools.product(PROVOKED, LIES)
+    },
     "state_3": bad_state(3),
     "state_most": bad_state(2**32 - 1),
 }

@@ -55,9 +55,14 @@ class Do(IntEnum):
     MEET = auto()
     ECHO_BEGUN = auto()
     UNLOCKED = auto()
+    LEND = auto()
+    COMMITS = auto()
+    BEGIN = auto()
+    COMMIT_BEGUN = auto()
 
 
 SENDER, LOAN, FILLED, ROOM, CLOSING, ALONE = 1000, 1100, 1200, 1201, 1300, 1400
+LENT, BEGUN = 1500, 1600
 SENDERS = 4
 AT_ONCE, HARD, SOFT, PROCESS = range(4)
 
@@ -125,7 +130,7 @@ class Status:
         self.tx_avail, self.tx_free, self.rx_avail, self.rx_free, *found = found
         self.thread, self.overlaps, self.work_count, self.timer_count, *found = found
         self.errors = found[:SENDERS]
-        self.filled, self.aligned = found[SENDERS:]
+        self.filled, self.aligned, self.writable_count = found[SENDERS:]
 
     @classmethod
     async def of(cls, link):
@@ -135,13 +140,14 @@ class Status:
 # ---- sending --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tries", [False, True], ids=["send", "try_send"])
 @pytest.mark.parametrize("ring_size", [PAGE, 1 << 20])
-async def test_senders_in_every_context(ring_size):
+async def test_senders_in_every_context(ring_size, tries):
     """Hard interrupt, softirq, a thread, a callback: each message comes whole, once, in order."""
     count = 300
     expected = [0] * SENDERS
     async with connect(ring_size=ring_size) as link:
-        await link.send(numbers(count), type=Do.STORM)
+        await link.send(numbers(count, 0, tries), type=Do.STORM)
         for _ in range(SENDERS * count):
             message = await next_message(link)
             who = message.type - SENDER
@@ -279,6 +285,40 @@ async def test_loans_end_in_any_order(seed):
         assert link.rx_avail == 0
 
 
+async def test_commits_that_come_too_late():
+    """They are errors, and publish nothing."""
+    async with connect() as link:
+        assert await ask(link, Do.COMMITS) == (
+            *(0, -errno.ESTALE, 0, -errno.ESTALE),
+            *(0, -errno.EINVAL, -errno.EINVAL, -errno.EINVAL),
+        )
+        for number in (1, 2, 3):
+            message = await next_message(link)
+            assert (message.type, message.id, message.data) == (ALONE, number, b"")
+        assert link.rx_avail == 0
+        # Begun in one callback, and committed in a later one: with and without a message between.
+        await link.send(numbers(16), type=Do.BEGIN)
+        assert await ask(link, Do.COMMIT_BEGUN) == (0,)
+        assert (await next_message(link)).data == b"\x5a" * 16
+        await link.send(numbers(16), type=Do.BEGIN)
+        await link.send(b"between")
+        assert (await next_message(link)).data == b"between"
+        assert await ask(link, Do.COMMIT_BEGUN) == (-errno.ESTALE,)
+        await link.send(b"goes on")
+        assert (await next_message(link)).data == b"goes on"
+
+
+async def test_a_loan_that_is_committed_after_the_end():
+    """The module is told that nobody gets it."""
+    link = await connect()
+    assert (await link.request(numbers(100), type=Do.STATUS, timeout=PATIENCE)).data
+    await link.send(numbers(100), type=Do.LEND)
+    await link.aclose()
+    await all_gone()
+    lent = (PARAMETERS / "lent").read_text().split()
+    assert lent == ["differ", "0", "commit", str(-errno.ESHUTDOWN), "again", str(-errno.EINVAL)]
+
+
 @pytest.mark.parametrize("ring_size", [PAGE, 1 << 16])
 async def test_messages_that_never_fit(ring_size):
     async with connect(ring_size=ring_size) as link:
@@ -287,8 +327,10 @@ async def test_messages_that_never_fit(ring_size):
         assert (taken, size) == (0, ring_size)
 
 
-async def test_work_is_called_when_there_is_room():
-    async with connect(ring_size=PAGE) as link:
+@pytest.mark.parametrize("name", ["test", "test_quiet"])
+async def test_the_module_is_told_when_there_is_room(name):
+    """Once, and also one that has no ticks, which does not get any by it."""
+    async with connect(name, ring_size=PAGE) as link:
         await link.send(numbers(100), type=Do.FILL)
         async with asyncio.timeout(PATIENCE):
             while link.rx_free >= HEADER + 104:
@@ -300,6 +342,10 @@ async def test_work_is_called_when_there_is_room():
                 break
             assert message.type == FILLED
         assert number == PAGE // (HEADER + 104)
+        found = await Status.of(link)
+        assert found.writable_count == 1
+        if name == "test_quiet":
+            assert (found.work_count, found.timer_count) == (0, 0)
 
 
 async def test_what_the_rings_hold():
@@ -309,9 +355,9 @@ async def test_what_the_rings_hold():
         raw.frame(type=Do.STATUS)
         raw.frame(bytes(100))
         raw.send(bytes(100))
-        await until(lambda: raw.available == 3 * 1032 + HEADER + 14 * 8 + 2 * 136)
+        await until(lambda: raw.available == 3 * 1032 + HEADER + 15 * 8 + 2 * 136)
         at = 3 * PAGE + 3 * 1032 + HEADER
-        found = Status(tuple(raw.read64(at + 8 * n) for n in range(14)))
+        found = Status(tuple(raw.read64(at + 8 * n) for n in range(15)))
         assert (found.tx_avail, found.tx_free) == (3 * 1032, PAGE - 3 * 1032)
         # with or without the message that was just handed out
         assert found.rx_avail in (2 * 136, 2 * 136 + HEADER)

@@ -764,7 +764,7 @@ def test_what_came_back_before_does_not_suffice():
 
 @pytest.mark.parametrize("context", [HERE, HARD, WORK])
 def test_who_waits_for_a_buffer_gets_what_the_module_frees(context):
-    """Its work callback is called, too, between the two and not some time later."""
+    """Its buffers_available callback is called, too, between the two and not some time later."""
     with PoolDevice() as device, PoolDevice() as other:
         pid = runner()
         pool = kernel_pool(device, PAGE)

@@ -71,9 +71,12 @@ struct kucomms_peer {
  * @size: sizeof(struct kucomms_endpoint_ops)
  * @message: a message has come
  * @work: 100 times a second for each channel; true: there is more to do, call
- *	  again at once. Also called when there is room again after a send to
- *	  this channel met -EAGAIN, and when buffers were given back or freed
- *	  after kucomms_allocate() met -ENOBUFS. Optional.
+ *	  again at once. Optional: an endpoint with neither this nor @timer has
+ *	  no timer and does not wake up by itself.
+ * @writable: there is room again, after a send to this channel met -EAGAIN.
+ *	      Optional.
+ * @buffers_available: buffers were given back or freed, after kucomms_allocate()
+ *		       met -ENOBUFS. Optional.
  * @timer: once a second for each channel, with ktime_get_ns(). Optional.
  * @open: a process connects. Return 0, or an errno that it gets. Optional.
  * @close: the channel is gone; the last callback for it. Optional.
@@ -86,6 +89,8 @@ struct kucomms_endpoint_ops {
 	void (*message)(struct kucomms_channel *channel,
 			const struct kucomms_message *message);
 	bool (*work)(struct kucomms_channel *channel);
+	void (*writable)(struct kucomms_channel *channel);
+	void (*buffers_available)(struct kucomms_channel *channel);
 	void (*timer)(struct kucomms_channel *channel, u64 now_ns);
 	int (*open)(struct kucomms_channel *channel,
 		    const struct kucomms_peer *peer);
@@ -151,6 +156,8 @@ void *kucomms_priv(struct kucomms_endpoint *endpoint);
 
 int kucomms_send(struct kucomms_channel *channel,
 		 const struct kucomms_message *message);
+int kucomms_try_send(struct kucomms_channel *channel,
+		     const struct kucomms_message *message);
 int kucomms_send_unlocked(struct kucomms_channel *channel,
 			  const struct kucomms_message *message);
 int kucomms_pass_turn(struct kucomms_channel *channel);
@@ -160,14 +167,14 @@ int kucomms_reply(struct kucomms_channel *channel,
 		  const void *data, u32 length);
 struct kucomms_message *kucomms_reserve(struct kucomms_channel *channel,
 					u32 length);
-void kucomms_commit(struct kucomms_channel *channel,
+int kucomms_commit(struct kucomms_channel *channel,
+		   struct kucomms_message *message);
+int kucomms_discard(struct kucomms_channel *channel,
 		    struct kucomms_message *message);
-void kucomms_discard(struct kucomms_channel *channel,
-		     struct kucomms_message *message);
 struct kucomms_message *
 kucomms_reserve_unlocked(struct kucomms_channel *channel, u32 length);
-void kucomms_commit_unlocked(struct kucomms_channel *channel,
-			     struct kucomms_message *message);
+int kucomms_commit_unlocked(struct kucomms_channel *channel,
+			    struct kucomms_message *message);
 
 struct kucomms_message *kucomms_hold(struct kucomms_channel *channel,
 				     const struct kucomms_message *message);

@@ -26,6 +26,7 @@
  *	commit(): release frame control      -> peek(): acquire
  *						read data
  *	refresh(): acquire                   <- give_back(): release consumer pos.
+ *	commit() of one sender: release      -> refresh() of another: acquire
  *
  * or, for what is written before it is shown:
  *
@@ -51,11 +52,16 @@
  * Proof. Each barrier names a model in tests/models and what leaves it out there:
  * then the model fails.
  *
+ * Space. What the consumer has released is free to be written again, but never a
+ * frame that is reserved and not committed, nor one behind it, whatever the
+ * consumer says: see kucomms_ring_refresh_consumed(). "held" knows those frames.
+ *
  * Trust. The other side may write anything at any time into its pages. Each of
  * its words is read once, checked against what is kept privately, then used.
  *
  * Threads. A consumer belongs to one thread. Of the producer, next() to move(),
- * park() and the pins want the caller's lock; commit() and discard() do not.
+ * park() and the pins want the caller's lock; commit() and discard() do not: they
+ * change nothing but the frame, and the next look at the consumer finds that.
  */
 #ifndef _KUCOMMS_RING_H
 #define _KUCOMMS_RING_H
@@ -98,6 +104,9 @@ KUCOMMS_STATIC_ASSERT(geometry_size, sizeof(struct kucomms_geometry) == 128);
 #define KUCOMMS_SKIP_MOST	256
 #define KUCOMMS_SKIPPED		1
 
+/* A producer can hold so many frames at most that are not committed. */
+#define KUCOMMS_HELD_MOST	128
+
 /**
  * struct kucomms_pin - a frame in use, whose bytes must not be given back
  * @prev: towards older pins
@@ -123,6 +132,9 @@ struct kucomms_pin {
  * @parked: our epoch
  * @wanted: the bytes that we sleep for, 0 when awake
  * @rung: the last of the consumer's epochs for which we rang
+ * @held: positions of frames that were held, the oldest first. Some of them may
+ *	  have been committed since; a frame before the oldest of them has been
+ * @held_count: of @held
  * @pins: loans that are out, or were dropped while a view of them lives
  * @high_water: most bytes seen waiting
  */
@@ -136,6 +148,8 @@ struct kucomms_ring_producer {
 	__u64 parked;
 	__u64 wanted;
 	__u64 rung;
+	__u64 held[KUCOMMS_HELD_MOST];
+	unsigned int held_count;
 	struct kucomms_pin pins;
 	__u64 high_water;
 };
@@ -267,21 +281,66 @@ kucomms_ring_producer_init(struct kucomms_ring_producer *p,
 	p->parked = 0;
 	p->wanted = 0;
 	p->rung = 0;
+	p->held_count = 0;
 	p->high_water = 0;
 	kucomms_pins_init(&p->pins);
 }
 
-/* Look where the consumer is. -EPROTO when it is where it cannot be. */
+static inline struct kucomms_frame *
+kucomms_ring_frame_at(const struct kucomms_ring_producer *p, __u64 position)
+{
+	return (struct kucomms_frame *)(p->data + (position & (p->size - 1)));
+}
+
+/*
+ * Forget the held frames that were committed or discarded since. A commit takes
+ * no lock, so it only changes the frame's control word, which the consumer cannot
+ * write.
+ */
+static inline void kucomms_ring_forget_committed(struct kucomms_ring_producer *p)
+{
+	unsigned int i, kept = 0;
+
+	for (i = 0; i < p->held_count; i++) {
+		/*
+		 * pairs with smp_store_release() in kucomms_ring_finish(): what
+		 * was written there comes before what is written there next
+		 * model: held.pml WITHOUT_FORGET_ACQUIRE
+		 */
+		__u64 control = smp_load_acquire(
+			&kucomms_ring_frame_at(p, p->held[i])->control);
+
+		if (control & (__u64)KUCOMMS_FLAG_BUSY << 32)
+			p->held[kept++] = p->held[i];
+	}
+	p->held_count = kept;
+}
+
+/*
+ * Look where the consumer is. -EPROTO when it is where it cannot be.
+ *
+ * THE rule of space: a consumer's position frees no frame that is not committed.
+ * No consumer can be beyond such a frame, since it stops there; so one that says
+ * it is breaks the rules. This is the only place that reads its position in order
+ * to write into the ring again.
+ */
 static inline int kucomms_ring_refresh_consumed(struct kucomms_ring_producer *p)
 {
+	__u64 limit = p->position;
 	/*
 	 * pairs with smp_store_release() in kucomms_ring_give_back()
 	 * model: transfer.pml WITHOUT_CONSUMED_ACQUIRE
 	 */
 	__u64 seen = smp_load_acquire(&p->peer->position);
 
+	/* After that look: a frame that the consumer has passed was committed. */
+	if (p->held_count) {
+		kucomms_ring_forget_committed(p);
+		if (p->held_count)
+			limit = p->held[0];
+	}
 	if (seen & (KUCOMMS_FRAME_ALIGN - 1) ||
-	    seen - p->consumed > p->position - p->consumed)
+	    seen - p->consumed > limit - p->consumed)
 		return -EPROTO;
 	p->consumed = seen;
 	return 0;
@@ -349,8 +408,7 @@ static inline int kucomms_ring_next(struct kucomms_ring_producer *p,
 	err = kucomms_ring_has_room(p, span);
 	if (err)
 		return err;
-	*frame = (struct kucomms_frame *)
-		 (p->data + (p->position & (p->size - 1)));
+	*frame = kucomms_ring_frame_at(p, p->position);
 	return 0;
 }
 
@@ -386,10 +444,22 @@ static inline void kucomms_ring_publish(struct kucomms_ring_producer *p,
 	kucomms_ring_move(p, length);
 }
 
-/* Take the next frame, to write and kucomms_ring_commit() it later. */
+/* Whether one more frame can be held. The producer's lock is held. */
+static inline int kucomms_ring_can_hold(struct kucomms_ring_producer *p)
+{
+	if (p->held_count == KUCOMMS_HELD_MOST)
+		kucomms_ring_forget_committed(p);
+	return p->held_count < KUCOMMS_HELD_MOST;
+}
+
+/*
+ * Take the next frame, to write and kucomms_ring_commit() it later. Only after
+ * kucomms_ring_can_hold().
+ */
 static inline void kucomms_ring_hold(struct kucomms_ring_producer *p,
 				     struct kucomms_frame *frame, __u32 length)
 {
+	p->held[p->held_count++] = p->position;
 	WRITE_ONCE(frame->control,
 		   kucomms_frame_control(length, KUCOMMS_FLAG_BUSY,
 					 KUCOMMS_KIND_MESSAGE));
@@ -403,7 +473,8 @@ static inline void kucomms_ring_hold(struct kucomms_ring_producer *p,
  * @frame: where the frame is put; type, id, user_value and data are to be
  *	   written, then kucomms_ring_commit() or kucomms_ring_discard()
  *
- * Return: as kucomms_ring_next().
+ * Return: as kucomms_ring_next(), and -ENOBUFS when KUCOMMS_HELD_MOST frames are
+ * not committed yet.
  */
 static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
 				       __u32 length,
@@ -411,9 +482,12 @@ static inline int kucomms_ring_reserve(struct kucomms_ring_producer *p,
 {
 	int err = kucomms_ring_next(p, length, frame);
 
-	if (!err)
-		kucomms_ring_hold(p, *frame, length);
-	return err;
+	if (err)
+		return err;
+	if (!kucomms_ring_can_hold(p))
+		return -ENOBUFS;
+	kucomms_ring_hold(p, *frame, length);
+	return 0;
 }
 
 static inline void kucomms_ring_finish(struct kucomms_frame *frame,

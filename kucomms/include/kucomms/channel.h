@@ -388,7 +388,8 @@ static inline int kucomms_channel_count_tx(struct kucomms_channel *channel,
  * Take room for a message. The lock is held, or something else keeps other
  * senders out. With @pin the bytes are not used again before
  * kucomms_channel_unpin_tx(). Return: 0, -EAGAIN, -EMSGSIZE, -EPROTO, -EPERM when
- * it is the peer's turn.
+ * it is the peer's turn, -ENOBUFS when KUCOMMS_HELD_MOST messages are reserved and
+ * not committed.
  */
 static inline int
 kucomms_channel_reserve_locked(struct kucomms_channel *channel, uint32_t length,
@@ -506,21 +507,21 @@ static inline int kucomms_channel_put(struct kucomms_channel *channel,
 				      uint64_t id, uint64_t user_value)
 {
 	struct kucomms_frame *frame;
-	int err;
+	int err = -ENOBUFS;
 
-	if (length <= KUCOMMS_PUT_MAX) {
-		pthread_mutex_lock(&channel->lock);
-		err = kucomms_channel_put_locked(channel, data, length, flags,
-						 type, id, user_value);
-		pthread_mutex_unlock(&channel->lock);
-		return err;
-	}
-	/* A long copy does not keep the others waiting. */
-	err = kucomms_channel_reserve(channel, length, &frame, NULL);
+	/* A long copy does not keep the others waiting, if it can be held. */
+	if (length > KUCOMMS_PUT_MAX)
+		err = kucomms_channel_reserve(channel, length, &frame, NULL);
 	if (!err) {
 		kucomms_channel_fill(frame, data, length, type, id, user_value);
 		kucomms_ring_commit(frame, length, flags);
 	}
+	if (err != -ENOBUFS)
+		return err;
+	pthread_mutex_lock(&channel->lock);
+	err = kucomms_channel_put_locked(channel, data, length, flags, type, id,
+					 user_value);
+	pthread_mutex_unlock(&channel->lock);
 	return err;
 }
 

@@ -5,7 +5,7 @@
  * reply that is an array of 64-bit numbers; tests/kernel/test_pool.py is the other
  * half.
  *
- *	kucomms_buffers			one thread, with work
+ *	kucomms_buffers			one thread
  *	kucomms_buffers_in_place	KUCOMMS_RX_IN_PLACE, a thread for each channel
  */
 #include <linux/atomic.h>
@@ -60,8 +60,8 @@ struct buffers_channel {
 	u32 kept_count;
 	struct kucomms_buffer *going[BUFFERS_KEPT];
 	u32 going_count;
-	u64 works;
-	u64 works_freed;
+	u64 available;
+	u64 available_freed;
 	u64 woken;
 	u64 tries;
 	struct kucomms_message *held;
@@ -117,7 +117,7 @@ static void buffers_free_kept(struct buffers_channel *test, u64 context)
 	while (smp_load_acquire(&test->going_count))
 		cond_resched();
 	memcpy(test->going, test->kept, test->kept_count * sizeof(*test->kept));
-	test->works_freed = test->works;
+	test->available_freed = test->available;
 	WRITE_ONCE(test->going_count, test->kept_count);
 	test->kept_count = 0;
 	if (context == FREE_HARD)
@@ -256,7 +256,7 @@ static void buffers_retry(struct buffers_channel *test, const struct kucomms_mes
 			kucomms_retry(test->channel);
 		return;
 	}
-	test->woken = test->works - test->works_freed;
+	test->woken = test->available - test->available_freed;
 	err = buffers_send(test, &buffer, 1, 0);
 	if (err)
 		kucomms_free_buffer(buffer);
@@ -369,7 +369,7 @@ static void buffers_write(struct buffers_channel *test, const struct kucomms_mes
 static void buffers_message(struct kucomms_channel *channel, const struct kucomms_message *message)
 {
 	struct buffers_channel *test = kucomms_channel_priv(channel);
-	u64 status[] = { test->kept_count, test->works, test->tries, test->woken };
+	u64 status[] = { test->kept_count, test->available, test->tries, test->woken };
 	struct kucomms_channel *other = READ_ONCE(buffers_other);
 
 	switch (message->type) {
@@ -435,12 +435,11 @@ static void buffers_message(struct kucomms_channel *channel, const struct kucomm
 	}
 }
 
-static bool buffers_work(struct kucomms_channel *channel)
+static void buffers_available(struct kucomms_channel *channel)
 {
 	struct buffers_channel *test = kucomms_channel_priv(channel);
 
-	test->works++;
-	return false;
+	test->available++;
 }
 
 static int buffers_open(struct kucomms_channel *channel, const struct kucomms_peer *peer)
@@ -472,7 +471,7 @@ static void buffers_close(struct kucomms_channel *channel)
 static const struct kucomms_endpoint_ops buffers_ops = {
 	.size = sizeof(buffers_ops),
 	.message = buffers_message,
-	.work = buffers_work,
+	.buffers_available = buffers_available,
 	.open = buffers_open,
 	.close = buffers_close,
 };

@@ -98,13 +98,12 @@ static void join_message(struct kucomms_channel *channel,
 }
 
 /* There may be room here for what the other one has. */
-static bool join_work(struct kucomms_channel *channel)
+static void join_writable(struct kucomms_channel *channel)
 {
 	struct join_channel *self = kucomms_channel_priv(channel);
 
 	if (self->other && self->other->waits)
 		kucomms_resume(self->other->channel);
-	return false;
 }
 
 static int join_open(struct kucomms_channel *channel, const struct kucomms_peer *peer)
@@ -155,7 +154,7 @@ static void join_close(struct kucomms_channel *channel)
 static const struct kucomms_endpoint_ops join_ops = {
 	.size = sizeof(join_ops),
 	.message = join_message,
-	.work = join_work,
+	.writable = join_writable,
 	.open = join_open,
 	.close = join_close,
 };

@@ -39,7 +39,9 @@
 enum {
 	TEST_ECHO,		/* send it back */
 	TEST_ECHO_UNLOCKED,	/* by kucomms_send_unlocked() */
-	TEST_STORM,		/* send COUNT messages from each kind of context, up to LARGEST */
+	TEST_STORM,		/* send COUNT messages from each kind of context, up to LARGEST;
+				 * with TRY those of hard interrupts by kucomms_try_send()
+				 */
 	TEST_LOANS,		/* 64 loans that end in the order of SEED */
 	TEST_SIZES,		/* send what cannot fit */
 	TEST_FILL,		/* send until the ring is full, LENGTH bytes each */
@@ -57,6 +59,10 @@ enum {
 	TEST_MEET,		/* wait until two callbacks wait at once */
 	TEST_ECHO_BEGUN,	/* by kucomms_reserve_unlocked() */
 	TEST_UNLOCKED,		/* send COUNT messages as the only sender, in both ways */
+	TEST_LEND,		/* reserve LENGTH bytes, and keep them out until the close */
+	TEST_COMMITS,		/* what a commit says that comes too late, or twice */
+	TEST_BEGIN,		/* kucomms_reserve_unlocked(), LENGTH bytes ... */
+	TEST_COMMIT_BEGUN,	/* ... and commit it, in another callback */
 };
 
 /* Types of what comes without having been asked for. */
@@ -66,6 +72,8 @@ enum {
 #define TEST_ROOM	1201
 #define TEST_CLOSING	1300
 #define TEST_ALONE	1400
+#define TEST_LENT	1500
+#define TEST_BEGUN	1600
 
 enum { TEST_HARD, TEST_SOFT, TEST_PROCESS, TEST_CALLBACK, TEST_SENDERS };
 
@@ -121,6 +129,7 @@ struct test_sender {
  * @inside: callbacks that run now
  * @senders: of a storm
  * @largest: of the storm's messages; 0 for small ones
+ * @tries: in hard interrupts by kucomms_try_send()
  * @stop: the storm has to end
  * @hard: sends in hard interrupt context
  * @soft: in softirq context
@@ -134,9 +143,12 @@ struct test_sender {
  * @alone: messages that TEST_UNLOCKED has sent
  * @alone_full: how often it had to wait for room
  * @alone_moved: bytes that reserving without sending has taken
+ * @lent: a loan that is out
+ * @begun: a message that was begun and not committed
  * @kept: this channel outlives its close callback
  * @loans: that outlive it, too
  * @work_count: work callbacks
+ * @writable_count: writable callbacks
  * @timer_count: timer callbacks
  * @work_ticks: when they came
  * @timer_ticks: when they came
@@ -147,6 +159,7 @@ struct test_channel {
 	atomic_t inside;
 	struct test_sender senders[TEST_SENDERS];
 	u32 largest;
+	bool tries;
 	bool stop;
 	struct hrtimer hard;
 	struct timer_list soft;
@@ -160,9 +173,12 @@ struct test_channel {
 	u64 alone;
 	u64 alone_full;
 	u64 alone_moved;
+	struct kucomms_message *lent;
+	struct kucomms_message *begun;
 	bool kept;
 	struct kucomms_message *loans[2];
 	u64 work_count;
+	u64 writable_count;
 	u64 timer_count;
 	u64 work_ticks[TEST_TICKS];
 	u64 timer_ticks[TEST_TICKS];
@@ -245,11 +261,15 @@ static bool test_send_next(struct test_channel *test, int who, bool unlocked)
 		message.length = test_size(test, sender->next + who);
 		message.data = test_pattern + (sender->next * 7 + who) % 256;
 	}
-	err = unlocked ? kucomms_send_unlocked(test->channel, &message) :
-			 kucomms_send(test->channel, &message);
+	if (unlocked)
+		err = kucomms_send_unlocked(test->channel, &message);
+	else if (test->tries && who == TEST_HARD)
+		err = kucomms_try_send(test->channel, &message);
+	else
+		err = kucomms_send(test->channel, &message);
 	if (!err)
 		sender->next++;
-	else if (err != -EAGAIN)
+	else if (err != -EAGAIN && err != -EBUSY)
 		sender->error = err;
 	return !err;
 }
@@ -301,12 +321,13 @@ static void test_send_process(struct work_struct *work)
 	} while (true);
 }
 
-static void test_begin_storm(struct test_channel *test, u64 count, u32 largest)
+static void test_begin_storm(struct test_channel *test, u64 count, u32 largest, bool tries)
 {
 	unsigned int here = get_cpu(), other = cpumask_any_but(cpu_online_mask, here);
 	int who;
 
 	test->largest = min_t(u32, largest, SZ_64K);
+	test->tries = tries;
 	for (who = 0; who < TEST_SENDERS; who++)
 		test->senders[who] = (struct test_sender){ .count = count };
 	hrtimer_start(&test->hard, ns_to_ktime(TEST_INTERVAL), HRTIMER_MODE_REL_PINNED_HARD);
@@ -514,6 +535,105 @@ static void test_loans(struct kucomms_channel *channel, const struct kucomms_mes
 	test_answer(channel, message, answer, sizeof(answer));
 }
 
+static char test_lent_result[64];
+
+/* A loan that stays out, whatever comes. Answers: its errno, and where it is. */
+static void test_lend(struct kucomms_channel *channel, const struct kucomms_message *message)
+{
+	struct test_channel *test = kucomms_channel_priv(channel);
+	s64 answer[2] = { -EALREADY, kucomms_tx_avail(channel) };
+
+	if (!test->lent) {
+		test->lent = kucomms_reserve(channel, min_t(u64, test_argument(message, 0),
+							    TEST_LENGTH));
+		answer[0] = PTR_ERR_OR_ZERO(test->lent);
+		if (answer[0])
+			test->lent = NULL;
+	}
+	if (test->lent) {
+		test->lent->type = TEST_LENT;
+		memset(test->lent->data, 0xa5, test->lent->length);
+	}
+	/* Behind the loan: the user finds it when that is committed. */
+	test_answer(channel, message, answer, sizeof(answer));
+}
+
+/* In the end: is it what was written there, and what does the commit say? */
+static void test_end_lent(struct test_channel *test)
+{
+	const u8 *data = test->lent->data;
+	u32 i, differ = 0;
+
+	for (i = 0; i < test->lent->length; i++)
+		differ += READ_ONCE(data[i]) != 0xa5;
+	scnprintf(test_lent_result, sizeof(test_lent_result), "differ %u commit %d again %d",
+		  differ, kucomms_commit(test->channel, test->lent),
+		  kucomms_commit(test->channel, test->lent));
+}
+
+/* Answers: what each commit and discard said. */
+static void test_commits(struct kucomms_channel *channel, const struct kucomms_message *message)
+{
+	struct kucomms_message between = { .type = TEST_ALONE, .id = 1 };
+	struct kucomms_message *begun, *loan;
+	s64 answer[8];
+
+	begun = kucomms_reserve_unlocked(channel, 8);
+	if (IS_ERR(begun))
+		return;
+	answer[0] = kucomms_send_unlocked(channel, &between);
+	answer[1] = kucomms_commit_unlocked(channel, begun);	/* not the next one any more */
+	begun = kucomms_reserve_unlocked(channel, 0);
+	if (IS_ERR(begun))
+		return;
+	begun->type = TEST_ALONE;
+	begun->id = 2;
+	answer[2] = kucomms_commit_unlocked(channel, begun);
+	answer[3] = kucomms_commit_unlocked(channel, begun);	/* twice */
+	loan = kucomms_reserve(channel, 0);
+	if (IS_ERR(loan))
+		return;
+	loan->type = TEST_ALONE;
+	loan->id = 3;
+	answer[4] = kucomms_commit(channel, loan);
+	answer[5] = kucomms_commit(channel, loan);
+	answer[6] = kucomms_discard(channel, loan);
+	loan = kucomms_reserve(channel, 0);
+	if (IS_ERR(loan))
+		return;
+	kucomms_discard(channel, loan);
+	answer[7] = kucomms_discard(channel, loan);
+	test_answer(channel, message, answer, sizeof(answer));
+}
+
+/* Nothing is sent: what is begun is nobody's before it is committed. */
+static void test_begin(struct kucomms_channel *channel, const struct kucomms_message *message)
+{
+	struct test_channel *test = kucomms_channel_priv(channel);
+	struct kucomms_message *begun =
+		kucomms_reserve_unlocked(channel, min_t(u64, test_argument(message, 0),
+							TEST_LENGTH));
+
+	test->begun = NULL;
+	if (IS_ERR(begun))
+		return;
+	begun->type = TEST_BEGUN;
+	memset(begun->data, 0x5a, begun->length);
+	test->begun = begun;
+}
+
+static void test_commit_begun(struct kucomms_channel *channel,
+			      const struct kucomms_message *message)
+{
+	struct test_channel *test = kucomms_channel_priv(channel);
+	s64 result = -ENOENT;
+
+	if (test->begun)
+		result = kucomms_commit_unlocked(channel, test->begun);
+	test->begun = NULL;
+	test_answer_number(channel, message, result);
+}
+
 static void test_sizes(struct kucomms_channel *channel, const struct kucomms_message *message)
 {
 	u64 size = kucomms_tx_avail(channel) + kucomms_tx_free(channel);
@@ -623,6 +743,7 @@ static void test_status(struct kucomms_channel *channel, const struct kucomms_me
 		test->senders[TEST_CALLBACK].error,
 		test->fill_number,
 		IS_ALIGNED((unsigned long)message->data, 8),
+		test->writable_count,
 	};
 
 	test_answer(channel, message, answer, sizeof(answer));
@@ -701,7 +822,8 @@ static void test_do(struct kucomms_channel *channel, const struct kucomms_messag
 		what = TEST_ECHO;
 	switch (what) {
 	case TEST_STORM:
-		test_begin_storm(test, first, test_argument(message, 1));
+		test_begin_storm(test, first, test_argument(message, 1),
+				 test_argument(message, 2));
 		break;
 	case TEST_LOANS:
 		test_loans(channel, message);
@@ -758,6 +880,18 @@ static void test_do(struct kucomms_channel *channel, const struct kucomms_messag
 	case TEST_UNLOCKED:
 		test_unlocked(channel, message);
 		break;
+	case TEST_LEND:
+		test_lend(channel, message);
+		break;
+	case TEST_COMMITS:
+		test_commits(channel, message);
+		break;
+	case TEST_BEGIN:
+		test_begin(channel, message);
+		break;
+	case TEST_COMMIT_BEGUN:
+		test_commit_begun(channel, message);
+		break;
 	default:
 		test_echo(channel, message, what);
 	}
@@ -797,10 +931,19 @@ static bool test_work(struct kucomms_channel *channel)
 	test_enter(test);
 	test->work_ticks[test->work_count++ % TEST_TICKS] = ktime_get_ns();
 	test_send_burst(test, TEST_CALLBACK);
+	test_leave(test);
+	return false;
+}
+
+static void test_writable(struct kucomms_channel *channel)
+{
+	struct test_channel *test = kucomms_channel_priv(channel);
+
+	test_enter(test);
+	test->writable_count++;
 	if (test->filling && !test_fill(channel, TEST_ROOM))
 		test->filling = 0;
 	test_leave(test);
-	return false;
 }
 
 static void test_timer(struct kucomms_channel *channel, u64 now_ns)
@@ -843,6 +986,8 @@ static void test_close(struct kucomms_channel *channel)
 	struct test_channel *test = kucomms_channel_priv(channel);
 
 	test_enter(test);
+	if (test->lent)
+		test_end_lent(test);
 	WRITE_ONCE(test->stop, true);
 	hrtimer_cancel(&test->hard);
 	del_timer_sync(&test->soft);
@@ -862,6 +1007,7 @@ static const struct kucomms_endpoint_ops test_ops = {
 	.size = sizeof(test_ops),
 	.message = test_message,
 	.work = test_work,
+	.writable = test_writable,
 	.timer = test_timer,
 	.open = test_open,
 	.close = test_close,
@@ -870,6 +1016,7 @@ static const struct kucomms_endpoint_ops test_ops = {
 static const struct kucomms_endpoint_ops test_quiet_ops = {
 	.size = sizeof(test_quiet_ops),
 	.message = test_message,
+	.writable = test_writable,
 	.open = test_open,
 	.close = test_close,
 };
@@ -1036,10 +1183,18 @@ static int test_set_wait_open(const char *value, const struct kernel_param *para
 				 milliseconds * NSEC_PER_MSEC);
 }
 
+static int test_get_lent(char *buffer, const struct kernel_param *param)
+{
+	return sysfs_emit(buffer, "%s\n", test_lent_result);
+}
+
+static const struct kernel_param_ops test_lent_ops = { .get = test_get_lent };
 static const struct kernel_param_ops test_kept_ops = { .get = test_get_kept };
 static const struct kernel_param_ops test_checksums_ops = { .get = test_get_checksums };
 static const struct kernel_param_ops test_wait_open_ops = { .set = test_set_wait_open };
 
+module_param_cb(lent, &test_lent_ops, NULL, 0400);
+MODULE_PARM_DESC(lent, "what became of a loan that was out until its channel was closed");
 module_param_cb(kept, &test_kept_ops, NULL, 0400);
 MODULE_PARM_DESC(kept, "what was possible after a channel that was kept had been closed");
 module_param_cb(checksums, &test_checksums_ops, NULL, 0400);
