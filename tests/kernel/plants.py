@@ -43,8 +43,15 @@ class Plant:
     """Or a sanitized one: kasan, kcsan."""
 
 
-_PUT = "\tif (message->length <= KUCOMMS_PUT_MAX)\n\t\terr = put(channel, message, flags);\n"
-_RESERVE = "\telse\n\t\terr = reserve(channel, message->length, &frame);\n"
+_PUT = """\
+	if (is_long) {
+		err = begin(channel, message, &frame);
+		if (!err)
+			kucomms_ring_hold(&channel->tx, frame, length);
+	} else {
+		err = put(channel, message, flags);
+	}
+"""
 
 PLANTS = (
     Plant(
@@ -92,11 +99,9 @@ PLANTS = (
     Plant(
         "no-lock",
         "channel.c",
-        "\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n"
-        + _PUT
-        + _RESERVE
-        + "\traw_spin_unlock_irqrestore(&channel->tx_lock, irq);\n",
-        "\tlocal_irq_save(irq);\n" + _PUT + _RESERVE + "\tlocal_irq_restore(irq);\n",
+        f"\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n{_PUT}"
+        "\traw_spin_unlock_irqrestore(&channel->tx_lock, irq);\n",
+        f"\tlocal_irq_save(irq);\n{_PUT}\tlocal_irq_restore(irq);\n",
         "test_kernel_api.py -k senders_in_every_context",
         r"FAILED .*test_senders_in_every_context",
     ),
@@ -204,9 +209,9 @@ PLANTS = (
     Plant(
         "data-race",
         "channel.c",
-        "\tif (err == -EPROTO)\n\t\tkucomms_channel_broken(channel);\n\telse if ((!err",
+        "\tif (err == -EPROTO)\n\t\tkucomms_channel_broken(channel);\n\telse if (err !=",
         "\tchannel->full++;\n\tif (err == -EPROTO)\n\t\tkucomms_channel_broken(channel);\n"
-        "\telse if ((!err",
+        "\telse if (err !=",
         "test_kernel_api.py -k senders_in_every_context",
         r"BUG: KCSAN: .*kucomms",
         kernel="kcsan",
