@@ -35,7 +35,7 @@ help:
 	@echo "make stress      the ring between threads for ten minutes, under the thread sanitizer"
 	@echo "make faults      kill, stop and make fail one side at each point of each step; ARGS=--help"
 	@echo "make lint        ruff and mypy"
-	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code"
+	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code, for five kernels"
 	@echo "make setup       only the virtual environment, with kucomms built in place"
 	@echo "make clean       remove what was built, but for the sanitized kernel"
 
