@@ -14,7 +14,7 @@
 /* Kernels before 6.9 do not say whether caches alias; of those with 64 bits, these three do. */
 #if defined(CONFIG_ARCH_HAS_CPU_CACHE_ALIASING) || defined(CONFIG_CPU_CACHE_ALIASING) || \
 	defined(CONFIG_MIPS) || defined(CONFIG_PARISC) || defined(CONFIG_SPARC)
-#error "kucomms needs data caches that do not alias: kernel and program have a page at two addresses"
+#error "kucomms needs data caches that do not alias: it has its pages at two addresses each"
 #endif
 
 #endif /* _KUCOMMS_REQUIREMENTS_H */

@@ -40,7 +40,7 @@ class Plant:
     told: str
     """What the run then prints: a regular expression."""
     kernel: str = "6.12"
-    """Or a sanitized one: kasan, kcsan."""
+    """Or a sanitized one: kasan, kcsan, rt."""
 
 
 _PUT = """\
@@ -248,7 +248,7 @@ def find(plant: Plant) -> tuple[bool, str]:
         often = "echo 50 >/sys/module/kcsan/parameters/skip_watch"
         tests = ["sh", "-c", f"{often} && exec {shlex.join(tests)}"]
     tests.insert(0, "--")
-    if plant.kernel in ("kasan", "kcsan"):
+    if plant.kernel in ("kasan", "kcsan", "rt"):
         command = ["sh", "tools/kernel-sanitized.sh", plant.kernel, *tests]
     else:
         command = [sys.executable, "tools/guest.py", "--kernel", plant.kernel, *tests]
