@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 
 RUNS ?= 20
-CHECKERS ?= kasan kcsan
+CHECKERS ?= kasan kcsan rt
 
 .PHONY: help setup demo bench bench-pool bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
@@ -18,7 +18,7 @@ help:
 	@echo "make test-kernel all tests of the kernel module, in guests with Linux 6.1 and 6.12"
 	@echo "make test-kernel-sanitized"
 	@echo "                 the same in kernels with KASAN, lockdep, kmemleak and failing allocations,"
-	@echo "                 and with KCSAN; builds both first; CHECKERS=kasan for one of them"
+	@echo "                 with KCSAN, and with PREEMPT_RT; builds them; CHECKERS=kasan for one"
 	@echo "make kernel-plants"
 	@echo "                 bugs planted in the module, which those tests and kernels have to find"
 	@echo "make bench       bench-user, then bench-kernel"
@@ -35,7 +35,7 @@ help:
 	@echo "make stress      the ring between threads for ten minutes, under the thread sanitizer"
 	@echo "make faults      kill, stop and make fail one side at each point of each step; ARGS=--help"
 	@echo "make lint        ruff and mypy"
-	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code"
+	@echo "make lint-kernel checkpatch, gcc W=1 and sparse over the kernel code, for five kernels"
 	@echo "make setup       only the virtual environment, with kucomms built in place"
 	@echo "make clean       remove what was built, but for the sanitized kernel"
 

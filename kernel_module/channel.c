@@ -606,7 +606,7 @@ static bool must_ring(struct kucomms_channel *channel)
 	epoch = READ_ONCE(channel->tx.peer->parked);
 	rung = READ_ONCE(channel->tx.rung);
 	while ((s64)(epoch - rung) > 0)
-		if (try_cmpxchg64(&channel->tx.rung, &rung, epoch))
+		if (try_cmpxchg(&channel->tx.rung, &rung, epoch))
 			return true;
 	return false;
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* The module: its class and control files in sysfs, and its devices. */
 
+#include "requirements.h"
+
 #include <linux/cdev.h>
 #include <linux/ctype.h>
 #include <linux/fs.h>
@@ -10,10 +12,6 @@
 #include <linux/xarray.h>
 
 #include "internal.h"
-
-#if BITS_PER_LONG != 64
-#error "kucomms is for 64-bit machines"
-#endif
 
 struct kucomms_alive kucomms_alive;
 struct workqueue_struct *kucomms_workqueue;

@@ -120,9 +120,10 @@ def installed_kernels(boot: Path = BOOT, modules: Path = MODULES) -> list[str]:
 
 
 def newest(installed: Iterable[str], series: str) -> str | None:
-    """Return the newest plain kernel of a series such as "6.1", without cloud, rt and debug."""
-    plain = re.compile(rf"{re.escape(series)}\.\d+(?:\+[a-z]+\d*)?(?:-\d+)?-amd64")
-    fitting = [name for name in installed if plain.fullmatch(name)]
+    """Return the newest kernel of a series: "6.1", without cloud, rt and debug, or "6.1-rt"."""
+    number, dash, flavour = series.partition("-")
+    whole = rf"{re.escape(number)}\.\d+(?:\+[a-z]+\d*)?(?:-\d+)?{dash}{re.escape(flavour)}-amd64"
+    fitting = [name for name in installed if re.fullmatch(whole, name)]
     return max(fitting, key=lambda n: [int(d) for d in re.findall(r"\d+", n)], default=None)
 
 

@@ -1,40 +1,53 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # What the kernel module's tests need beside the compiler: qemu, the busybox that a guest starts
-# with, sparse, depmod, and the newest 6.1 and 6.12 kernels of Debian 12 with their headers.
-# Installs what is missing where it may (root on Debian), else says what to install. A kernel
-# that is there already is not replaced by a newer one.
+# with, sparse, depmod, dkms, the newest 6.1 and 6.12 kernels of Debian 12 with their headers, and
+# the headers of their real-time variants. Installs what is missing where it may (root on Debian),
+# else says what to install. A kernel that is there already is not replaced by a newer one.
 set -eu
 
 BOOT=${BOOT:-/boot}
 MODULES=${MODULES:-/lib/modules}
 PATH=$PATH:/usr/sbin:/sbin
 
-# Without cloud, rt and dbg. As tools/guest.py has it.
-plain() {
+# The versions of a series, without cloud and dbg. As tools/guest.py has it.
+versions() {
 	case $1 in
 	6.1) echo '6\.1\.[0-9]+-[0-9]+-amd64' ;;
 	6.12) echo '6\.12\.[0-9]+\+deb12-amd64' ;;
+	6.1-rt) echo '6\.1\.[0-9]+-[0-9]+-rt-amd64' ;;
+	6.12-rt) echo '6\.12\.[0-9]+\+deb12-rt-amd64' ;;
 	esac
 }
 
-# Whether a kernel of a series is there with image, modules and headers.
+# Whether a kernel of a series is there with headers, image and modules; of -rt, with headers.
 installed() {
-	for image in "$BOOT"/vmlinuz-"$1".*; do
-		version=${image##*/vmlinuz-}
-		echo "$version" | grep -Eqx "$(plain "$1")" || continue
-		[ -e "$image" ] && [ -e "$MODULES/$version/modules.dep" ] &&
-			[ -e "$MODULES/$version/build/Makefile" ] && return
+	for tree in "$MODULES/${1%-rt}".*/build; do
+		version=${tree%/build}
+		version=${version##*/}
+		echo "$version" | grep -Eqx "$(versions "$1")" || continue
+		[ -e "$tree/Makefile" ] || continue
+		case $1 in
+		*-rt) return ;;
+		esac
+		[ -e "$BOOT/vmlinuz-$version" ] && [ -e "$MODULES/$version/modules.dep" ] && return
 	done
 	return 1
 }
 
-# The newest version of a series that has both an image and headers, or nothing. The signed
-# image comes days after the unsigned one; both boot in qemu.
+# The newest version of a series that has both an image and headers, or nothing; of -rt, headers.
+# The signed image comes days after the unsigned one; both boot in qemu.
 newest() {
-	apt-cache pkgnames linux-headers-"$1". | sed 's/^linux-headers-//' |
-		grep -Ex "$(plain "$1")" | sort -rV |
+	apt-cache pkgnames linux-headers-"${1%-rt}". | sed 's/^linux-headers-//' |
+		grep -Ex "$(versions "$1")" | sort -rV |
 		while read -r version; do
+			case $1 in
+			*-rt)
+				available "linux-headers-$version" || continue
+				echo "linux-headers-$version"
+				exit
+				;;
+			esac
 			for image in "linux-image-$version" "linux-image-$version-unsigned"; do
 				if available "$image" && available "linux-headers-$version"; then
 					echo "$image linux-headers-$version"
@@ -54,8 +67,9 @@ command -v qemu-system-x86_64 >/dev/null || tools="$tools qemu-system-x86"
 command -v busybox >/dev/null || tools="$tools busybox-static"
 command -v sparse >/dev/null || tools="$tools sparse"
 command -v depmod >/dev/null || tools="$tools kmod"
+command -v dkms >/dev/null || tools="$tools dkms"
 series=
-for wanted in 6.1 6.12; do
+for wanted in 6.1 6.12 6.1-rt 6.12-rt; do
 	installed $wanted || series="$series $wanted"
 done
 [ -n "$tools$series" ] || exit 0
@@ -91,7 +105,16 @@ if [ -n "$missing" ]; then
 	echo "the kernel tests need these packages, please install them:$missing" >&2
 fi
 for wanted in $unknown; do
-	echo "the kernel tests need a Linux $wanted with image, modules and headers (Debian 12:" \
-		"linux-image-$wanted*-amd64 and linux-headers-$wanted*-amd64, bookworm-security)" >&2
+	case $wanted in
+	*-rt)
+		echo "the kernel tests need the headers of a Linux $wanted (Debian 12:" \
+			"linux-headers-${wanted%-rt}*-rt-amd64, bookworm-security)" >&2
+		;;
+	*)
+		echo "the kernel tests need a Linux $wanted with image, modules and headers" \
+			"(Debian 12: linux-image-$wanted*-amd64 and linux-headers-$wanted*-amd64," \
+			"bookworm-security)" >&2
+		;;
+	esac
 done
 exit 1

@@ -1,7 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # Checks the kernel code: the kernel's own checkpatch.pl over every file, then gcc with W=1 and
-# sparse, against the newest 6.1 and 6.12 that are installed. Any finding is a failure.
+# sparse, against the newest 6.1 and 6.12 that are installed, their real-time variants, and the
+# headers of 5.10, for which the modules of tests and benchmarks are not made. Any finding is a
+# failure. Where the headers of 5.10 cannot be had the script says so, and passes without them.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -10,6 +12,7 @@ SANITIZED=build/sanitized/linux
 PACKAGE=linux-source-6.12
 SCRIPTS="checkpatch.pl spelling.txt const_structs.checkpatch"
 PYTHON=.venv/bin/python
+ALL="kernel_module examples/kernel tests/kernel/module bench/kernel/module"
 export LC_ALL=C
 
 # The scripts are in no package but the kernel's source, 140 MB, of which these stay.
@@ -54,14 +57,19 @@ grep -v '/trace\.h$' $OUT/files | checkpatch || failed=yes
 versions=$($PYTHON -c '
 import sys
 from tools import guest
+series = *guest.SERIES, *(f"{number}-rt" for number in guest.SERIES)
+built_for = [path.parent.name for path in guest.MODULES.glob("*/build/") if path.is_dir()]
 try:
-    print(*guest.choose(guest.SERIES, guest.installed_kernels()))
+    print(*guest.choose(series, built_for))
 except guest.click.ClickException as failure:
     sys.exit(failure.message)
 ')
+old=$(sh tools/old-headers.sh) || old=
 # Builds for one kernel; fails for any finding, which it prints.
 build() {
 	version=$1
+	kdir=$2
+	sources=$3
 	found=
 	echo "gcc W=1 and sparse, $version"
 	# Anew each time: make does not compile again what it has warned of.
@@ -70,17 +78,21 @@ build() {
 	$PYTHON -c '
 import sys
 from tools import guest
-for source in (*guest.SOURCES, "bench/kernel/module"):
+tree, *sources = sys.argv[1:]
+for source in sources:
     if (guest.ROOT / source).is_dir():
-        guest.sync(guest.ROOT / source, guest.Path(sys.argv[1]) / source)
-' "$tree"
-	kdir=/lib/modules/$version/build
+        guest.sync(guest.ROOT / source, guest.Path(tree) / source)
+' "$tree" $sources
 	sparse='-Wbitwise-pointer -Wcast-from-as -Wreturn-void'
+	# The compiler that Debian 11 made its kernel with is in no newer Debian.
+	set -- W=1 C=2 CF="$sparse" CC=gcc
 	{
-		make -C "$tree/kernel_module" KDIR="$kdir" W=1 C=2 CF="$sparse" all &&
-			make -C "$kdir" M="$tree/bench/kernel/module" W=1 C=2 CF="$sparse" \
-				KUCOMMS="$tree/kernel_module" \
-				KBUILD_EXTRA_SYMBOLS="$tree/kernel_module/Module.symvers" modules
+		make -C "$tree/kernel_module" KDIR="$kdir" "$@" all &&
+			{ [ ! -d "$tree/bench" ] ||
+				make -C "$kdir" M="$tree/bench/kernel/module" "$@" \
+					KUCOMMS="$tree/kernel_module" \
+					KBUILD_EXTRA_SYMBOLS="$tree/kernel_module/Module.symvers" \
+					modules; }
 	} >"$tree/log" 2>&1 || { found=yes && tail -n 20 "$tree/log"; }
 	# What counts: a finding at one of our files, from the linker of modules, or from gcc
 	# wherever it is, as that of a macro is reported in the header. Sparse has findings inside
@@ -95,9 +107,14 @@ for source in (*guest.SOURCES, "bench/kernel/module"):
 # All kernels at once.
 running=
 for version in $versions; do
-	build "$version" >"$OUT/$version.output" 2>&1 &
+	build "$version" "/lib/modules/$version/build" "$ALL" >"$OUT/$version.output" 2>&1 &
 	running="$running $!"
 done
+if [ -n "$old" ]; then
+	build 5.10 "$old" "kernel_module examples/kernel" >"$OUT/5.10.output" 2>&1 &
+	running="$running $!"
+	versions="$versions 5.10"
+fi
 for pid in $running; do
 	wait "$pid" || failed=yes
 done

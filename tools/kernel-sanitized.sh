@@ -1,11 +1,12 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# Usage: kernel-sanitized.sh kasan|kcsan [--build-only | arguments of tools/guest.py]
+# Usage: kernel-sanitized.sh kasan|kcsan|rt [--build-only | arguments of tools/guest.py]
 #
 # Builds Linux 6.12 with checkers into build/sanitized/ and runs tools/guest.py on it. kasan:
 # KASAN, lockdep, kmemleak, sleep checks, checks of objects' lives, allocations that fail; kcsan:
-# KCSAN. Both: preemption, UBSAN, checks of lists and of copies to user space. A build takes about
-# ten minutes on two cores, once for each version of our configuration; for a newer source package
+# KCSAN; rt: PREEMPT_RT with KASAN, sleep checks, and lockdep that knows which locks sleep there.
+# All: preemption, UBSAN, checks of lists and of copies to user space. A build takes about ten
+# minutes on two cores, once for each version of our configuration; for a newer source package
 # remove build/sanitized.
 set -eu
 cd "$(dirname "$0")/.."
@@ -13,15 +14,19 @@ cd "$(dirname "$0")/.."
 CHECKER=${1:-}
 case $CHECKER in
 kasan)
-	WANTED="KASAN KASAN_VMALLOC PROVE_LOCKING DEBUG_ATOMIC_SLEEP DEBUG_KMEMLEAK DEBUG_VM
+	WANTED="PREEMPT KASAN KASAN_VMALLOC PROVE_LOCKING DEBUG_ATOMIC_SLEEP DEBUG_KMEMLEAK DEBUG_VM
 		DEBUG_OBJECTS_FREE DEBUG_OBJECTS_TIMERS DEBUG_OBJECTS_WORK DEBUG_OBJECTS_RCU_HEAD
 		FAILSLAB FAIL_PAGE_ALLOC FAULT_INJECTION_STACKTRACE_FILTER"
 	;;
 kcsan)
-	WANTED="KCSAN KCSAN_STRICT KCSAN_WEAK_MEMORY KCSAN_INTERRUPT_WATCHER"
+	WANTED="PREEMPT KCSAN KCSAN_STRICT KCSAN_WEAK_MEMORY KCSAN_INTERRUPT_WATCHER"
+	;;
+rt)
+	WANTED="PREEMPT_RT KASAN KASAN_VMALLOC PROVE_LOCKING PROVE_RAW_LOCK_NESTING
+		DEBUG_ATOMIC_SLEEP DEBUG_RT_MUTEXES"
 	;;
 *)
-	sed -n '3,9s/^# \{0,1\}//p' "$0" >&2
+	sed -n '3,10s/^# \{0,1\}//p' "$0" >&2
 	exit 2
 	;;
 esac
@@ -31,7 +36,7 @@ PACKAGE=linux-source-6.12
 OUT=build/sanitized
 SOURCE=$OUT/linux
 TREE=$OUT/$CHECKER
-CONFIG="tools/sanitized-guest.config tools/$CHECKER.config"
+CONFIG="$PWD/tools/sanitized-guest.config $PWD/tools/$CHECKER.config"
 
 missing=
 for tool in flex bison bc cpio xz; do
@@ -73,12 +78,11 @@ if [ "$(cat $CONFIG)" != "$(cat "$TREE/built" 2>/dev/null)" ]; then
 	echo "building the $CHECKER kernel; output in $log"
 	{
 		make -C $SOURCE O="$PWD/$TREE" tinyconfig &&
-			(cd "$TREE" && ../linux/scripts/kconfig/merge_config.sh -m .config \
-				$(for file in $CONFIG; do echo "../../../$file"; done)) &&
+			(cd "$TREE" && ../linux/scripts/kconfig/merge_config.sh -m .config $CONFIG) &&
 			make -C "$TREE" olddefconfig
 	} >"$log" 2>&1 || { tail -n 30 "$log" >&2; exit 1; }
 	# Options that lost a dependency disappear in silence, and the checks with them.
-	for wanted in $WANTED PREEMPT UBSAN UBSAN_SHIFT HARDENED_USERCOPY DEBUG_LIST \
+	for wanted in $WANTED UBSAN UBSAN_SHIFT HARDENED_USERCOPY DEBUG_LIST \
 		IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD DM_DELAY BLK_DEV_RAM; do
 		grep -q "^CONFIG_$wanted=y" "$TREE/.config" ||
 			{ echo "CONFIG_$wanted is off in $TREE/.config" >&2; exit 1; }

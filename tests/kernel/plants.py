@@ -40,11 +40,10 @@ class Plant:
     told: str
     """What the run then prints: a regular expression."""
     kernel: str = "6.12"
-    """Or a sanitized one: kasan, kcsan."""
+    """Or a sanitized one: kasan, kcsan, rt."""
 
 
-_PUT = "\tif (message->length <= KUCOMMS_PUT_MAX)\n\t\terr = put(channel, message, flags);\n"
-_RESERVE = "\telse\n\t\terr = reserve(channel, message->length, &frame);\n"
+_PUT = "\terr = put(channel, message, flags);\n"
 
 PLANTS = (
     Plant(
@@ -92,11 +91,9 @@ PLANTS = (
     Plant(
         "no-lock",
         "channel.c",
-        "\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n"
-        + _PUT
-        + _RESERVE
-        + "\traw_spin_unlock_irqrestore(&channel->tx_lock, irq);\n",
-        "\tlocal_irq_save(irq);\n" + _PUT + _RESERVE + "\tlocal_irq_restore(irq);\n",
+        f"\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n{_PUT}"
+        "\traw_spin_unlock_irqrestore(&channel->tx_lock, irq);\n",
+        f"\tlocal_irq_save(irq);\n{_PUT}\tlocal_irq_restore(irq);\n",
         "test_kernel_api.py -k senders_in_every_context",
         r"FAILED .*test_senders_in_every_context",
     ),
@@ -121,8 +118,8 @@ PLANTS = (
     Plant(
         "sleeps-under-a-lock",
         "channel.c",
-        "\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n\tif (is_long)",
-        "\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n\tmight_sleep();\n\tif (is_long)",
+        f"\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n{_PUT}",
+        f"\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n\tmight_sleep();\n{_PUT}",
         "test_kernel_api.py -k echo",
         r"sleeping function called from invalid context|[Ii]nvalid wait context",
         kernel="kasan",
@@ -204,12 +201,53 @@ PLANTS = (
     Plant(
         "data-race",
         "channel.c",
-        "\tif (err == -EPROTO)\n\t\tkucomms_channel_broken(channel);\n\telse if ((!err",
+        "\tif (err == -EPROTO)\n\t\tkucomms_channel_broken(channel);\n\telse if (err !=",
         "\tchannel->full++;\n\tif (err == -EPROTO)\n\t\tkucomms_channel_broken(channel);\n"
-        "\telse if ((!err",
+        "\telse if (err !=",
         "test_kernel_api.py -k senders_in_every_context",
         r"BUG: KCSAN: .*kucomms",
         kernel="kcsan",
+    ),
+    Plant(
+        "loan-freed-by-the-program",
+        "include/kucomms/ring.h",
+        "\t\tif (p->held_count)\n\t\t\tlimit = p->held[0];\n",
+        "",
+        "test_hostile.py -k consumer_beyond_a_loan",
+        r"FAILED .*consumer_beyond_a_loan",
+    ),
+    Plant(
+        "stale-commit",
+        "channel.c",
+        "\tif (!err && loan->position != channel->tx.position)\n\t\terr = -ESTALE;\n",
+        "",
+        "test_kernel_api.py -k commits_that_come_too_late",
+        r"FAILED .*test_commits_that_come_too_late",
+    ),
+    Plant(
+        "ends-before-its-senders",
+        "channel.c",
+        "\treturn !atomic_read_acquire(&channel->copying);\n",
+        "\treturn true;\n",
+        "test_kernel_api.py -k long_messages_come_before",
+        r"FAILED .*test_all_long_messages_come_before_the_end",
+    ),
+    Plant(
+        "try-waits",
+        "channel.c",
+        "\tif (!raw_spin_trylock_irqsave(&channel->tx_lock, irq))\n\t\treturn -EBUSY;\n",
+        "\traw_spin_lock_irqsave(&channel->tx_lock, irq);\n",
+        "test_kernel_api.py -k interrupted_a_send",
+        r"possible recursive locking detected|inconsistent lock state",
+        kernel="kasan",
+    ),
+    Plant(
+        "no-news-of-room",
+        "runner.c",
+        "\t\ttell_module(runner, channel, runner->endpoint->ops->writable);\n",
+        "\t\ttell_module(runner, channel, NULL);\n",
+        "test_kernel_api.py -k told_when_there_is_room",
+        r"FAILED .*test_the_module_is_told_when_there_is_room",
     ),
 )
 
@@ -243,7 +281,7 @@ def find(plant: Plant) -> tuple[bool, str]:
         often = "echo 50 >/sys/module/kcsan/parameters/skip_watch"
         tests = ["sh", "-c", f"{often} && exec {shlex.join(tests)}"]
     tests.insert(0, "--")
-    if plant.kernel in ("kasan", "kcsan"):
+    if plant.kernel in ("kasan", "kcsan", "rt"):
         command = ["sh", "tools/kernel-sanitized.sh", plant.kernel, *tests]
     else:
         command = [sys.executable, "tools/guest.py", "--kernel", plant.kernel, *tests]

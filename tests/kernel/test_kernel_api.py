@@ -59,10 +59,11 @@ class Do(IntEnum):
     COMMITS = auto()
     BEGIN = auto()
     COMMIT_BEGUN = auto()
+    PROBE = auto()
 
 
 SENDER, LOAN, FILLED, ROOM, CLOSING, ALONE = 1000, 1100, 1200, 1201, 1300, 1400
-LENT, BEGUN = 1500, 1600
+LENT, BEGUN, PROBED = 1500, 1600, 1700
 SENDERS = 4
 AT_ONCE, HARD, SOFT, PROCESS = range(4)
 
@@ -306,6 +307,48 @@ async def test_commits_that_come_too_late():
         assert await ask(link, Do.COMMIT_BEGUN) == (-errno.ESTALE,)
         await link.send(b"goes on")
         assert (await next_message(link)).data == b"goes on"
+
+
+async def test_all_long_messages_come_before_the_end():
+    """Those that are copied just when the channel is closed, too."""
+    for turn in range(10):
+        link = await connect(ring_size=1 << 20)
+        await link.send(numbers(100_000, 1 << 16), type=Do.STORM)
+        received = 0
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                if received == 20 + turn:
+                    await link.send(numbers(0), type=Do.CLOSE)
+                try:
+                    message = await link.receive()
+                except kucomms.PeerClosedError:
+                    break
+                if message.type == SENDER + PROCESS - 1:
+                    assert message.id == received
+                    received += 1
+        await link.aclose()
+        await all_gone()
+        assert received == int((PARAMETERS / "long_sent").read_text())
+
+
+async def test_a_probe_that_has_interrupted_a_send():
+    """It is told that the channel is busy; any other way to send would wait for ever there."""
+    count = 50
+    async with connect("test_quiet") as link:
+        error, *_ = await ask(link, Do.PROBE, 1)
+        if error == -errno.EOPNOTSUPP:
+            pytest.skip("this kernel has no kprobes")
+        assert error == 0
+        for number in range(count):
+            await link.send(b"echo", id=number)
+        _error, sent, busy, failed = await ask(link, Do.PROBE, 0)
+        assert busy >= count
+        assert sent > 0
+        assert failed == 0
+        received = [link.receive_nowait() for _ in range(count + sent)]
+        assert [m.id for m in received if m.type != PROBED] == [*range(count)]
+        assert sum(m.type == PROBED for m in received) == sent
+        assert link.rx_avail == 0
 
 
 async def test_a_loan_that_is_committed_after_the_end():

@@ -234,6 +234,8 @@ def test_newest_compares_numbers_and_passes_over_the_special_kernels():
     assert guest.newest(INSTALLED, "6.1") == "6.1.0-56-amd64"
     assert guest.newest(INSTALLED, "6.12") == "6.12.117+deb12-amd64"
     assert guest.newest(reversed(INSTALLED), "6.1") == "6.1.0-56-amd64"
+    assert guest.newest(INSTALLED, "6.1-rt") == "6.1.0-58-rt-amd64"
+    assert guest.newest(INSTALLED, "6.12-rt") == "6.12.119+deb12-rt-amd64"
     assert guest.newest(["6.12.9+deb12-amd64"], "6.1") is None
     assert guest.newest([], "6.12") is None
 

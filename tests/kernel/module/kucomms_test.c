@@ -21,6 +21,7 @@
 #include <linux/errno.h>
 #include <linux/hrtimer.h>
 #include <linux/kernel.h>
+#include <linux/kprobes.h>
 #include <linux/ktime.h>
 #include <linux/minmax.h>
 #include <linux/module.h>
@@ -63,6 +64,7 @@ enum {
 	TEST_COMMITS,		/* what a commit says that comes too late, or twice */
 	TEST_BEGIN,		/* kucomms_reserve_unlocked(), LENGTH bytes ... */
 	TEST_COMMIT_BEGUN,	/* ... and commit it, in another callback */
+	TEST_PROBE,		/* ON: a probe sends where the kernel sends; else end that */
 };
 
 /* Types of what comes without having been asked for. */
@@ -74,6 +76,7 @@ enum {
 #define TEST_ALONE	1400
 #define TEST_LENT	1500
 #define TEST_BEGUN	1600
+#define TEST_PROBED	1700
 
 enum { TEST_HARD, TEST_SOFT, TEST_PROCESS, TEST_CALLBACK, TEST_SENDERS };
 
@@ -536,6 +539,7 @@ static void test_loans(struct kucomms_channel *channel, const struct kucomms_mes
 }
 
 static char test_lent_result[64];
+static unsigned long test_long_sent;
 
 /* A loan that stays out, whatever comes. Answers: its errno, and where it is. */
 static void test_lend(struct kucomms_channel *channel, const struct kucomms_message *message)
@@ -563,12 +567,14 @@ static void test_end_lent(struct test_channel *test)
 {
 	const u8 *data = test->lent->data;
 	u32 i, differ = 0;
+	int first, again;
 
 	for (i = 0; i < test->lent->length; i++)
 		differ += READ_ONCE(data[i]) != 0xa5;
+	first = kucomms_commit(test->channel, test->lent);
+	again = kucomms_commit(test->channel, test->lent);
 	scnprintf(test_lent_result, sizeof(test_lent_result), "differ %u commit %d again %d",
-		  differ, kucomms_commit(test->channel, test->lent),
-		  kucomms_commit(test->channel, test->lent));
+		  differ, first, again);
 }
 
 /* Answers: what each commit and discard said. */
@@ -632,6 +638,77 @@ static void test_commit_begun(struct kucomms_channel *channel,
 		result = kucomms_commit_unlocked(channel, test->begun);
 	test->begun = NULL;
 	test_answer_number(channel, message, result);
+}
+
+/* ---- a probe of what runs under the channel's lock ----------------------- */
+
+static struct kucomms_channel *test_probed_channel;
+static atomic_t test_probe_sent, test_probe_busy, test_probe_failed;
+
+#ifdef CONFIG_KPROBES
+static int test_probed(struct kprobe *probe, struct pt_regs *registers)
+{
+	struct kucomms_message message = { .type = TEST_PROBED };
+	int err = kucomms_try_send(test_probed_channel, &message);
+
+	if (!err)
+		atomic_inc(&test_probe_sent);
+	else if (err == -EBUSY)
+		atomic_inc(&test_probe_busy);
+	else if (err != -EAGAIN)
+		atomic_inc(&test_probe_failed);
+	return 0;
+}
+
+/* Each send calls it with the lock, and the runner without. */
+static struct kprobe test_kprobe;
+
+static int test_begin_probe(struct kucomms_channel *channel)
+{
+	if (test_probed_channel)
+		return -EBUSY;
+	atomic_set(&test_probe_sent, 0);
+	atomic_set(&test_probe_busy, 0);
+	atomic_set(&test_probe_failed, 0);
+	test_probed_channel = channel;
+	test_kprobe = (struct kprobe) {
+		.symbol_name = "kucomms_owes",
+		.pre_handler = test_probed,
+	};
+	return register_kprobe(&test_kprobe);
+}
+
+static void test_end_probe(struct kucomms_channel *channel)
+{
+	if (test_probed_channel != channel)
+		return;
+	unregister_kprobe(&test_kprobe);
+	test_probed_channel = NULL;
+}
+#else
+static int test_begin_probe(struct kucomms_channel *channel)
+{
+	return -EOPNOTSUPP;
+}
+
+static void test_end_probe(struct kucomms_channel *channel)
+{
+}
+#endif
+
+/* Answers: the errno, and how often the probe has sent, has not, and has failed. */
+static void test_probe(struct kucomms_channel *channel, const struct kucomms_message *message)
+{
+	s64 answer[4] = {};
+
+	if (test_argument(message, 0))
+		answer[0] = test_begin_probe(channel);
+	else
+		test_end_probe(channel);
+	answer[1] = atomic_read(&test_probe_sent);
+	answer[2] = atomic_read(&test_probe_busy);
+	answer[3] = atomic_read(&test_probe_failed);
+	test_answer(channel, message, answer, sizeof(answer));
 }
 
 static void test_sizes(struct kucomms_channel *channel, const struct kucomms_message *message)
@@ -889,6 +966,9 @@ static void test_do(struct kucomms_channel *channel, const struct kucomms_messag
 	case TEST_BEGIN:
 		test_begin(channel, message);
 		break;
+	case TEST_PROBE:
+		test_probe(channel, message);
+		break;
 	case TEST_COMMIT_BEGUN:
 		test_commit_begun(channel, message);
 		break;
@@ -986,12 +1066,15 @@ static void test_close(struct kucomms_channel *channel)
 	struct test_channel *test = kucomms_channel_priv(channel);
 
 	test_enter(test);
+	test_end_probe(channel);
 	if (test->lent)
 		test_end_lent(test);
 	WRITE_ONCE(test->stop, true);
 	hrtimer_cancel(&test->hard);
 	del_timer_sync(&test->soft);
 	cancel_work_sync(&test->process);
+	if (test->largest)
+		WRITE_ONCE(test_long_sent, test->senders[TEST_PROCESS].next);
 	hrtimer_cancel(&test->resume_hard);
 	del_timer_sync(&test->resume_soft);
 	cancel_delayed_work_sync(&test->resume_process);
@@ -1193,6 +1276,8 @@ static const struct kernel_param_ops test_kept_ops = { .get = test_get_kept };
 static const struct kernel_param_ops test_checksums_ops = { .get = test_get_checksums };
 static const struct kernel_param_ops test_wait_open_ops = { .set = test_set_wait_open };
 
+module_param_named(long_sent, test_long_sent, ulong, 0400);
+MODULE_PARM_DESC(long_sent, "messages that the thread of the last storm of large ones has sent");
 module_param_cb(lent, &test_lent_ops, NULL, 0400);
 MODULE_PARM_DESC(lent, "what became of a loan that was out until its channel was closed");
 module_param_cb(kept, &test_kept_ops, NULL, 0400);
