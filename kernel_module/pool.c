@@ -1064,7 +1064,7 @@ int kucomms_pay(struct kucomms_channel *channel)
 
 	for (frames = 0; frames < PAY_FRAMES && given < PAY_BUFFERS; frames++) {
 		if (!pools->first_news) {
-			/* In the order in which they were told: two of a pool. */
+			/* In the order in which they were told; two of a pool. */
 			WRITE_ONCE(pools->first_news,
 				   llist_reverse_order(llist_del_all(&pools->news)));
 		}
