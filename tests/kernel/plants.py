@@ -235,14 +235,6 @@ PLANTS = (
         "test_pool.py -k of_a_long_buffer",
         r"FAILED .*test_a_page_of_a_long_buffer_is_handed_over_again",
     ),
-    Plant(
-        "long-buffers-bit-by-bit",
-        "extents.c",
-        "if (from >= to) {",
-        "if (from >= to || used->bits) {",
-        "test_extents.py -k given_back",
-        r"FAILED .*test_the_time_does_not_grow_with_the_pages_that_a_user_is_given_back",
-    ),
 )
 
 

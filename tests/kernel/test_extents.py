@@ -31,7 +31,6 @@ class Do(IntEnum):
 
     RANDOM = 0
     TIME = auto()
-    SEND_BACK = auto()
 
 
 class Pattern(IntEnum):
@@ -101,26 +100,6 @@ def test_the_time_does_not_grow_with_the_pages(device, pattern, capsys):
     assert all(times > 0 for times in small + large)
     for few, many in zip(small, large, strict=True):
         assert many < FACTOR * few, (small, large)
-
-
-def sent_back(device, size):
-    """The quickest send of all of a pool, in microseconds."""
-    pool = device.open_pool(size)
-    times = []
-    for _ in range(20):
-        device.hand_over(Do.SEND_BACK, pool.buffer(0, size))
-        back, _ = device.message()
-        assert back.buffers == [pool.buffer(0, size)]
-        times.append(device.message()[0].numbers[0] / 1000)
-    return min(times)
-
-
-def test_the_time_does_not_grow_with_the_pages_that_a_user_is_given_back(device, capsys):
-    """All bits of a long buffer are cleared with interrupts off."""
-    few, many = sent_back(device, SMALL), sent_back(device, LARGE // 2)
-    with capsys.disabled():
-        print(f"\n{few} and {many} µs")
-    assert 0 < many < 2 * few
 
 
 def main():
