@@ -10,7 +10,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan rt
 
-.PHONY: help setup demo bench bench-pool bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
+.PHONY: help setup demo bench bench-pool bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel extents matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-kernel"
 	@echo "                 kernel and user by kucomms, netlink, BPF rings and others, in a guest"
 	@echo "make bench-pool  pools beside threads, and asyncio's: writes docs/bench-pool.md"
+	@echo "make extents     how long the module looks for free pages in pools of up to 4 GiB, in a guest"
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make soak        all transports at once for ten minutes, with kills; ARGS='--minutes 60'"
 	@echo "make soak-kernel the same in a guest with Linux 6.12, kernel:// included"
@@ -97,6 +98,12 @@ bench-kernel: setup
 	@sh tools/install-kernel-packages.sh
 	@sh tools/install-bench-packages.sh
 	$(BIN)/python bench/kernel/run.py
+
+# The last is the figures of a processor that is not emulated; it needs the kernel's sources.
+extents: setup
+	@sh tools/install-kernel-packages.sh
+	$(BIN)/python tools/guest.py --kernel 6.12 --memory 6G -- python -m tests.kernel.test_extents
+	$(MAKE) --no-print-directory -C tests/kernel/native
 
 matrix: setup
 	for run in $$(seq $(RUNS)); do \

@@ -5,6 +5,7 @@
 #include <linux/hardirq.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
@@ -294,6 +295,7 @@ int kucomms_channel_mmap(struct kucomms_channel *channel,
 	}
 	if (test_bit(KUCOMMS_USER_GONE, &channel->state))
 		return -ESHUTDOWN;
+	first = array_index_nospec(first, sides);
 	err = kucomms_pages_map(vma, channel->pages + first, never);
 	if (err)
 		return err;

@@ -4,6 +4,7 @@
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/slab.h>
 
 #include "internal.h"
@@ -166,6 +167,8 @@ int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted)
 								-EBUSY;
 	if (wanted >= endpoint->numbered)
 		return -ECHRNG;
+	if (wanted >= 0)
+		wanted = array_index_nospec(wanted, endpoint->numbered);
 	if (wanted >= 0 && !xa_get_mark(&endpoint->numbers, wanted, FREE))
 		return number_ends(endpoint, wanted) ? -EINPROGRESS :
 						       -EADDRINUSE;

@@ -6,6 +6,7 @@
  *	device.c	the open file: ioctls, mmap, poll
  *	channel.c	memory, rings, sending
  *	pool.c		pools, and buffers that messages hand over
+ *	extents.c	which pages of a pool are free
  *	runner.c	the thread that calls an endpoint's callbacks
  *	endpoint.c	register, unregister
  *	debugfs.c	counters

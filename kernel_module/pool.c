@@ -13,9 +13,11 @@
  *	IN_HAND	in the message callback		the same
  *	MINE	the module's			the same
  *	OUT	-				the user's
- *	GOING	to be given back		-
+ *	GOING	to be given back		just being freed
  *
- * pool->used has the pages of all that are not AWAY. A pool is alive, see
+ * Of the user's pool, pool->used has the pages of all that are not AWAY; of one of
+ * the module, pool->extents has the other pages. What is AWAY has a state, and no
+ * more: its pool and its length are not to be looked at. A pool is alive, see
  * pool->refs, while it is open, for each such buffer, for each mapping, and for
  * each news of it that waits; then the runner takes it out of its slot. What is
  * left goes with the channel.
@@ -26,14 +28,15 @@
  * takes no lock needs none for this either.
  */
 
-#include <linux/bitmap.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/slab.h>
 #include <linux/swap.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
+#include "extents.h"
 #include "internal.h"
 
 #define POOL_SHIFT	32	/* of the offsets of pools, for mmap() */
@@ -41,6 +44,7 @@
 #define POOL_MOST	BIT(29)	/* of each side, in the life of a channel */
 #define PAY_FRAMES	8	/* in a row, with interrupts off, */
 #define PAY_BUFFERS	256	/* and what they give back */
+#define USE_PIECE	4096UL	/* pages looked at with interrupts off */
 
 #define KUCOMMS_GFP_POOL (GFP_KERNEL_ACCOUNT | __GFP_NOWARN | \
 			  __GFP_RETRY_MAYFAIL)
@@ -69,17 +73,36 @@ struct kucomms_owed {
 
 /**
  * struct kucomms_buffer - what begins at a page of a pool
+ * @extent: of a pool of the module, what is free; else its pages are 0
  * @owed: its state, and its place among those that are given back
- * @pool: of which pool; like @length, once it is not AWAY
+ * @pool: of which pool; this and what follows, while it is not AWAY
  * @length: bytes
  * @callback: in which it was allocated, see pools->callback; 0 for none
+ *
+ * 40 bytes for each page. An extent needs the node of @owed, which only buffers of
+ * the user's pools use, and all from @pool on; the state is always there.
  */
 struct kucomms_buffer {
-	struct kucomms_owed owed;
-	struct kucomms_pool *pool;
-	u64 length;
-	u64 callback;
+	union {
+		struct kucomms_extent extent;
+		struct {
+			struct kucomms_owed owed;
+			struct kucomms_pool *pool;
+			u64 length;
+			u64 callback;
+		};
+	};
 };
+
+/* The extents have these for their entries. */
+static_assert(sizeof(struct kucomms_buffer) == sizeof(struct kucomms_extent));
+static_assert(sizeof(struct llist_node) <= offsetof(struct kucomms_extent, other));
+static_assert(offsetof(struct kucomms_buffer, owed.state) ==
+	      offsetof(struct kucomms_extent, other));
+static_assert(offsetof(struct kucomms_buffer, pool) ==
+	      offsetof(struct kucomms_extent, node));
+static_assert(KUCOMMS_POOL_MAX >> PAGE_SHIFT <=
+	      KUCOMMS_CHUNK * KUCOMMS_CHUNKS_MAX);
 
 /**
  * struct kucomms_pool - a pool
@@ -92,8 +115,9 @@ struct kucomms_buffer {
  * @page_count: how many
  * @pages: they, and
  * @at: where they are for us
- * @lock: of @used
- * @used: a bit for each page
+ * @lock: of @used and @extents
+ * @used: the user's: pages that the kernel has
+ * @extents: the module's: free pages
  * @opened: news of a pool of the module
  * @gone: the same
  * @release: frees it
@@ -110,7 +134,8 @@ struct kucomms_pool {
 	struct page **pages;
 	void *at;
 	raw_spinlock_t lock;
-	unsigned long *used;
+	struct kucomms_used used;
+	struct kucomms_extents extents;
 	struct kucomms_owed opened;
 	struct kucomms_owed gone;
 	struct work_struct release;
@@ -139,7 +164,7 @@ static void pool_free(struct kucomms_pool *pool)
 	vunmap(pool->at);
 	kucomms_pages_free(pool->pages, pool->page_count);
 	kvfree(pool->buffers);
-	kvfree(pool->used);
+	kvfree(pool->used.bits);
 	kfree(pool);
 }
 
@@ -214,9 +239,10 @@ static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 	atomic_set(&pool->gone.state, CLOSED);
 	INIT_WORK(&pool->release, pool_release);
 	pool->pages = kucomms_pages_list(count);
-	pool->used = kvcalloc(BITS_TO_LONGS(count), sizeof(long), KUCOMMS_GFP_POOL);
+	pool->used.bits = kvcalloc(BITS_TO_LONGS(count), sizeof(long),
+				   KUCOMMS_GFP_POOL);
 	pool->buffers = kvcalloc(count, sizeof(*pool->buffers), KUCOMMS_GFP_POOL);
-	if (!pool->pages || !pool->used || !pool->buffers)
+	if (!pool->pages || !pool->used.bits || !pool->buffers)
 		goto err_free;
 	if (flags & KUCOMMS_POOL_CONTIGUOUS)
 		err = alloc_contiguous(pool->pages, count);
@@ -236,6 +262,7 @@ err_free:
 
 /* ---- slots --------------------------------------------------------------- */
 
+/* Whatever number a user writes: the slot is masked, also when it is guessed. */
 static struct kucomms_pool **slot_of(struct kucomms_pools *pools, u32 number)
 {
 	return &pools->slots[number & 1][(number >> 1) % KUCOMMS_POOLS_MAX];
@@ -443,6 +470,8 @@ static_assert(offsetof(struct kucomms_pool_request, offset) == 16);
 /* The sides end where the pools begin. */
 static_assert(2 * (KUCOMMS_RING_MAX + KUCOMMS_CONTROL_PAGES * PAGE_SIZE) <=
 	      (u64)POOL_FIRST << POOL_SHIFT);
+/* For slot_of(). */
+static_assert(!(KUCOMMS_POOLS_MAX & (KUCOMMS_POOLS_MAX - 1)));
 static_assert(BIT_ULL(POOL_SHIFT) >= KUCOMMS_POOL_MAX);
 
 /* Not before all that was sent is received that may name it. */
@@ -570,8 +599,10 @@ int kucomms_pool_mmap(struct kucomms_channel *channel,
 	pool = get_pool(channel->pools, number);
 	if (!pool)
 		return -ENOENT;
-	if (first < pool->page_count && count <= pool->page_count - first)
+	if (first < pool->page_count && count <= pool->page_count - first) {
+		first = array_index_nospec(first, pool->page_count);
 		err = kucomms_pages_map(vma, pool->pages + first, VM_MAYEXEC);
+	}
 	if (err) {
 		pool_put(pool);
 		return err;
@@ -584,12 +615,16 @@ int kucomms_pool_mmap(struct kucomms_channel *channel,
 /* ---- buffers ------------------------------------------------------------- */
 
 /* These pages are free again. */
-static void unuse(struct kucomms_pool *pool, unsigned long page, u64 length)
+static void unuse(struct kucomms_pool *pool, unsigned long page,
+		  unsigned long count)
 {
 	unsigned long irq;
 
 	raw_spin_lock_irqsave(&pool->lock, irq);
-	bitmap_clear(pool->used, page, pages_for(length));
+	if (is_the_users(pool))
+		kucomms_mark_used(&pool->used, page, page + count, false);
+	else
+		kucomms_free_extent(&pool->extents, page, count);
 	raw_spin_unlock_irqrestore(&pool->lock, irq);
 }
 
@@ -605,12 +640,17 @@ static bool turn_ours(struct kucomms_buffer *buffer, int to)
 	return turn(buffer, MINE, to) || turn(buffer, IN_HAND, to);
 }
 
-/* One that was used until now is AWAY: nobody holds the pool for it any more. */
+/*
+ * One that nobody else turns is AWAY: nobody holds the pool for it any more. With
+ * interrupts off this takes a time that is bounded, whatever its length: see
+ * extents.c.
+ */
 static void drop(struct kucomms_buffer *buffer)
 {
 	struct kucomms_pool *pool = buffer->pool;
 
-	unuse(pool, page_of(buffer), buffer->length);
+	atomic_set(&buffer->owed.state, AWAY);
+	unuse(pool, page_of(buffer), pages_for(buffer->length));
 	pool_put(pool);
 }
 
@@ -660,19 +700,18 @@ static void freed(struct kucomms_channel *channel, u64 allocated)
  */
 void kucomms_free_buffer(struct kucomms_buffer *buffer)
 {
-	struct kucomms_channel *channel = buffer->pool->channel;
-	u64 allocated = buffer->callback;
+	struct kucomms_channel *channel;
+	u64 allocated;
 
-	if (is_the_users(buffer->pool)) {
-		if (WARN_ON_ONCE(!turn_ours(buffer, GOING)))
-			return;
-		if (owe(buffer))
-			kick(channel);
-	} else {
-		if (WARN_ON_ONCE(!turn_ours(buffer, AWAY)))
-			return;
+	if (WARN_ON_ONCE(!turn_ours(buffer, GOING)))
+		return;
+	channel = buffer->pool->channel;
+	allocated = buffer->callback;
+	if (!is_the_users(buffer->pool)) {
 		drop(buffer);
 		freed(channel, allocated);
+	} else if (owe(buffer)) {
+		kick(channel);
 	}
 }
 EXPORT_SYMBOL_GPL(kucomms_free_buffer);
@@ -733,6 +772,8 @@ struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
 	number = open_pool(channel, PAGE_ALIGN(size), flags, 0, &pool);
 	if (number < 0)
 		return ERR_PTR(number);
+	kucomms_init_extents(&pool->extents, &pool->buffers->extent,
+			     pool->page_count);
 	tell(pool, &pool->opened);
 	return pool;
 }
@@ -762,12 +803,7 @@ static unsigned long use(struct kucomms_pool *pool, unsigned long count)
 	unsigned long irq, page;
 
 	raw_spin_lock_irqsave(&pool->lock, irq);
-	page = bitmap_find_next_zero_area(pool->used, pool->page_count, 0,
-					  count, 0);
-	if (page < pool->page_count)
-		bitmap_set(pool->used, page, count);
-	else
-		page = pool->page_count;
+	page = kucomms_take_extent(&pool->extents, count);
 	raw_spin_unlock_irqrestore(&pool->lock, irq);
 	return page;
 }
@@ -779,7 +815,7 @@ static unsigned long use(struct kucomms_pool *pool, unsigned long count)
  *
  * It begins at a page. What is in it is what was there before, of the pool.
  *
- * Any context but NMI; the time grows with the pages of the pool. Return: the
+ * Any context but NMI. Return: the
  * buffer, or an error pointer: -ENOBUFS when there is no room for it now (the
  * buffers_available callback is called when something was given back or freed),
  * -EMSGSIZE when there never is, -EINVAL; when there is no room and the user is gone,
@@ -821,11 +857,24 @@ EXPORT_SYMBOL_GPL(kucomms_allocate);
 
 /* ---- sending ------------------------------------------------------------- */
 
+/* Nobody else sends or frees it from now on. Return: whether it can be sent here. */
+static bool claim(struct kucomms_buffer *buffer,
+		  const struct kucomms_channel *channel)
+{
+	if (!buffer || (!turn(buffer, MINE, MINE | CLAIMED) &&
+			!turn(buffer, IN_HAND, IN_HAND | CLAIMED)))
+		return false;
+	/* Not before that: one that is AWAY has no pool. */
+	if (buffer->pool->channel == channel)
+		return true;
+	atomic_andnot(CLAIMED, &buffer->owed.state);
+	return false;
+}
+
 /* Nobody else sends or frees these from now on. */
 int kucomms_buffers_claim(struct kucomms_channel *channel,
 			  const struct kucomms_message *message)
 {
-	struct kucomms_buffer *buffer;
 	u32 i;
 
 	if (!channel->pools)
@@ -835,10 +884,7 @@ int kucomms_buffers_claim(struct kucomms_channel *channel,
 	if (message->length > channel->ring_size)
 		return -EMSGSIZE;
 	for (i = 0; i < message->buffer_count; i++) {
-		buffer = message->buffers[i];
-		if (!buffer || buffer->pool->channel != channel ||
-		    (!turn(buffer, MINE, MINE | CLAIMED) &&
-		     !turn(buffer, IN_HAND, IN_HAND | CLAIMED))) {
+		if (!claim(message->buffers[i], channel)) {
 			kucomms_buffers_unclaim(message, i);
 			return -EINVAL;
 		}
@@ -883,7 +929,6 @@ int kucomms_hand_over(const struct kucomms_message *message,
 		buffer->pool->channel->pools->sent++;
 		fill_in(&list[i], buffer);
 		if (is_the_users(buffer->pool)) {
-			atomic_set(&buffer->owed.state, AWAY);
 			drop(buffer);
 		} else {
 			/* pairs with atomic_read_acquire() in come_back() */
@@ -990,7 +1035,6 @@ static int pay_back(struct kucomms_channel *channel, u32 most)
 				     owed.node);
 		WRITE_ONCE(pools->first_back, buffer->owed.node.next);
 		fill_in(&list[i], buffer);
-		atomic_set(&buffer->owed.state, AWAY);
 		drop(buffer);
 	}
 	publish(channel, frame, count * sizeof(*list), KUCOMMS_FLAG_NOTICE,
@@ -1021,7 +1065,7 @@ int kucomms_pay(struct kucomms_channel *channel)
 
 	for (frames = 0; frames < PAY_FRAMES && given < PAY_BUFFERS; frames++) {
 		if (!pools->first_news) {
-			/* In the order in which they were told. */
+			/* In the order in which they were told; two of a pool. */
 			WRITE_ONCE(pools->first_news,
 				   llist_reverse_order(llist_del_all(&pools->news)));
 		}
@@ -1043,34 +1087,55 @@ int kucomms_pay(struct kucomms_channel *channel)
 
 /* ---- receiving ----------------------------------------------------------- */
 
+/*
+ * These pages of a pool of the user are the kernel's now. Return: false when one was
+ * already. In pieces, because they are as many as the user likes: only the runner,
+ * which we are, makes pages used, and others make those free that are given back. So
+ * what was free when we looked is free still.
+ */
+static bool use_these(struct kucomms_pool *pool, unsigned long first,
+		      unsigned long end)
+{
+	unsigned long page, next, irq;
+	bool used;
+
+	for (page = first; page < end; page = next) {
+		next = min(end, page + USE_PIECE);
+		raw_spin_lock_irqsave(&pool->lock, irq);
+		used = kucomms_find_used(&pool->used, page, next);
+		raw_spin_unlock_irqrestore(&pool->lock, irq);
+		if (used)
+			return false;
+	}
+	raw_spin_lock_irqsave(&pool->lock, irq);
+	kucomms_mark_used(&pool->used, first, end, true);
+	raw_spin_unlock_irqrestore(&pool->lock, irq);
+	return true;
+}
+
 /* One of a pool of the user is the module's now. */
 static struct kucomms_buffer *accept(struct kucomms_channel *channel,
 				     const struct kucomms_carried *carried)
 {
 	struct kucomms_pool *pool = find_pool(channel->pools, carried->pool);
-	unsigned long irq, end;
-	bool used;
+	struct kucomms_buffer *buffer;
+	unsigned long page;
 
 	if (!pool || carried->page >= pool->page_count ||
 	    !carried->length ||
 	    carried->length >
 	    (u64)(pool->page_count - carried->page) << PAGE_SHIFT)
 		return NULL;
-	if (is_over(pool))
-		return NULL;
-	end = carried->page + pages_for(carried->length);
-	raw_spin_lock_irqsave(&pool->lock, irq);
-	used = find_next_bit(pool->used, end, carried->page) < end;
-	if (!used)
-		bitmap_set(pool->used, carried->page, end - carried->page);
-	raw_spin_unlock_irqrestore(&pool->lock, irq);
-	if (used)
+	page = array_index_nospec(carried->page, pool->page_count);
+	if (is_over(pool) ||
+	    !use_these(pool, page, page + pages_for(carried->length)))
 		return NULL;
 	/* Not let go of, see is_over(), and that is for us to do. */
 	refcount_inc(&pool->refs);
-	pool->buffers[carried->page].pool = pool;
-	pool->buffers[carried->page].length = carried->length;
-	return &pool->buffers[carried->page];
+	buffer = &pool->buffers[page];
+	buffer->pool = pool;
+	buffer->length = carried->length;
+	return buffer;
 }
 
 /* One of a pool of the module comes back, exactly as it went. */
@@ -1082,7 +1147,8 @@ static struct kucomms_buffer *come_back(struct kucomms_channel *channel,
 
 	if (!pool || carried->page >= pool->page_count)
 		return NULL;
-	buffer = &pool->buffers[carried->page];
+	buffer = &pool->buffers[array_index_nospec(carried->page,
+						   pool->page_count)];
 	/* pairs with atomic_set_release() in kucomms_hand_over() */
 	if (atomic_read_acquire(&buffer->owed.state) != OUT ||
 	    carried->length != buffer->length)
@@ -1115,7 +1181,6 @@ int kucomms_buffers_returned(struct kucomms_channel *channel,
 		buffer = carried.pool & 1 ? NULL : come_back(channel, &carried);
 		if (!buffer)
 			return -EPROTO;
-		atomic_set(&buffer->owed.state, AWAY);
 		drop(buffer);
 		atomic_set(&channel->pools->came_back, 1);
 	}
@@ -1179,13 +1244,13 @@ void kucomms_buffers_done(struct kucomms_channel *channel)
 
 	for (i = 0; i < pools->hand_count; i++) {
 		buffer = pools->hand[i];
-		if (!buffer)
+		/* What the callback has freed has no pool any more. */
+		if (!buffer || !turn(buffer, IN_HAND, GOING))
 			continue;
 		if (is_the_users(buffer->pool)) {
 			/* The runner, which we are, pays after this. */
-			if (turn(buffer, IN_HAND, GOING))
-				owe(buffer);
-		} else if (turn(buffer, IN_HAND, AWAY)) {
+			owe(buffer);
+		} else {
 			drop(buffer);
 			atomic_set(&pools->came_back, 1);
 		}

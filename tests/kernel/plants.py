@@ -249,6 +249,30 @@ PLANTS = (
         "test_kernel_api.py -k told_when_there_is_room",
         r"FAILED .*test_the_module_is_told_when_there_is_room",
     ),
+    Plant(
+        "extents-do-not-join",
+        "extents.c",
+        "if (page && entries[page - 1].pages) {",
+        "if (page && !count) {",
+        "test_extents.py -k as_in_a_model",
+        r"FAILED .*test_free_pages_are_as_in_a_model",
+    ),
+    Plant(
+        "last-page-not-looked-at",
+        "pool.c",
+        "kucomms_find_used(&pool->used, page, next);",
+        "kucomms_find_used(&pool->used, page, next - 1);",
+        "test_pool.py -k handed_over_again",
+        r"FAILED .*handed_over_again",
+    ),
+    Plant(
+        "chunks-not-looked-at",
+        "extents.c",
+        "find_next_bit(used->chunks, chunks, first / KUCOMMS_CHUNK) <\n\t       chunks || ",
+        "",
+        "test_pool.py -k of_a_long_buffer",
+        r"FAILED .*test_a_page_of_a_long_buffer_is_handed_over_again",
+    ),
 )
 
 

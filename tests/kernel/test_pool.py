@@ -877,6 +877,46 @@ def test_what_the_kernel_has_is_not_handed_over_again(first, second, at_once):
         assert is_broken(device)
 
 
+# The kernel marks long buffers by chunks of so many pages.
+CHUNK = 1024
+EDGES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK - 1, 3 * CHUNK, 5 * CHUNK]
+
+
+@pytest.mark.parametrize("first", EDGES[:-1])
+def test_no_page_of_a_long_buffer_is_handed_over_again(first):
+    """Of any, its neighbours are free, and each page of it is when it has come back."""
+    size = EDGES[-1]
+    with PoolDevice(ring_size=1 << 14) as device:
+        pool = device.open_pool(size * PAGE)
+        for end in EDGES[EDGES.index(first) + 1 :]:
+            around = [(0, first), (end, size)] if end - first < size else []
+            parts = [(first, end), *((a, b) for a, b in around if a < b)]
+            buffers = [pool.buffer(a, (b - a) * PAGE) for a, b in parts]
+            device.hand_over(Do.NOTHING, *buffers)
+            assert sorted(device.returned(len(buffers))) == sorted(buffers)
+        device.hand_over(Do.NOTHING, pool.buffer(0, size * PAGE))
+        device.returned(1)
+
+
+@pytest.mark.parametrize("end", [1, 2 * CHUNK, 3 * CHUNK - 1])
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 1), (-1, 1), (-1, CHUNK + 1), (-CHUNK, 2 * CHUNK), (-2 * CHUNK, 3 * CHUNK)],
+)
+def test_a_page_of_a_long_buffer_is_handed_over_again(first, count, end):
+    """From ``first``, beside the end of another, ``count`` pages."""
+    if end + first < 0:
+        first = -end
+    with PoolDevice(ring_size=1 << 14) as device:
+        pool = device.open_pool(EDGES[-1] * PAGE)
+        device.hand_over(Do.TAKE, pool.buffer(0, end * PAGE))
+        device.hand_over(Do.NOTHING, pool.buffer(end + first, count * PAGE))
+        if first < 0:
+            assert is_broken(device)
+        else:
+            assert device.returned(1)
+
+
 def test_a_pool_of_the_user_is_not_given_back_by_the_user():
     with PoolDevice() as device:
         pool = device.open_pool(PAGE)
