@@ -158,7 +158,7 @@ static bool number_ends(struct kucomms_endpoint *endpoint, u32 number)
 
 /* users_lock is held. */
 static struct kucomms_user *user_of(struct kucomms_endpoint *endpoint,
-				      kuid_t uid)
+				    kuid_t uid)
 {
 	struct kucomms_user *user;
 

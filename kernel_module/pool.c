@@ -782,9 +782,10 @@ static void tell(struct kucomms_pool *pool, struct kucomms_owed *news)
  * callback to nobody, so bound the channels that there can be. It ends by
  * kucomms_close_pool(), or with the channel. May sleep; from the open callback on.
  *
- * Return: the pool, or an error pointer: -EOPNOTSUPP when the user knows no pools
- * or the endpoint has no KUCOMMS_POOLS, -EINVAL, -ENOMEM, -EMFILE when there are KUCOMMS_POOLS_MAX, those included that
- * were closed and of which the user still has something.
+ * Return: the pool, or an error pointer: -EOPNOTSUPP when the user knows no
+ * pools or the endpoint has no KUCOMMS_POOLS, -EINVAL, -ENOMEM, -EMFILE when
+ * there are KUCOMMS_POOLS_MAX, those included that were closed and of which the
+ * user still has something.
  */
 struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
 				       u64 size, u32 flags)

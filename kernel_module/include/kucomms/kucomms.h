@@ -194,10 +194,10 @@ void kucomms_resume(struct kucomms_channel *channel);
 void kucomms_close(struct kucomms_channel *channel);
 
 /*
- * Buffers. A message can hand over memory instead of carrying it: whole buffers of
- * a pool that both sides have mapped; only with KUCOMMS_POOLS. Each has one holder at a time. All pools and
- * buffers end with the channel: after the close callback they are not to be used,
- * but with kucomms_channel_get().
+ * Buffers. A message can hand over memory instead of carrying it: whole buffers
+ * of a pool that both sides have mapped; only with KUCOMMS_POOLS. Each has one
+ * holder at a time. All pools and buffers end with the channel: after the close
+ * callback they are not to be used, but with kucomms_channel_get().
  */
 struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
 				       u64 size, u32 flags);

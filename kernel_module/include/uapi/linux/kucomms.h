@@ -190,11 +190,12 @@ struct kucomms_geometry {
  * An endpoint can number its channels: then each is one of so many, and no two
  * files have the same at a time.
  *
- * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered, and
- * POLLPRI when it may be worth another try: a channel was announced or became
- * free, or an endpoint came or went, since the last set-up of this file failed
- * with ECHRNG, EADDRINUSE, EBUSY, EDQUOT or EAGAIN (not by what the endpoint's
- * callback said); or, after EINPROGRESS, the endpoint has answered. After it, what follows; an epoll that has watched for the former has to be
+ * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered,
+ * and POLLPRI when it may be worth another try: a channel was announced or
+ * became free, or an endpoint came or went, since the last set-up of this file
+ * failed with ECHRNG, EADDRINUSE, EBUSY, EDQUOT or EAGAIN (not by what the
+ * endpoint's callback said); or, after EINPROGRESS, the endpoint has answered.
+ * After it, what follows; an epoll that has watched for the former has to be
  * told anew (EPOLL_CTL_DEL, EPOLL_CTL_ADD).
  *
  *	POLLIN	the kernel has rung for the epoch in which the consumer (the
@@ -304,11 +305,12 @@ struct kucomms_wait {
  * @reserved: zero
  *
  * A pool that the user allocates in. Its pages are ordinary ones, which can be
- * pinned. They are charged to the caller's memory cgroup, and until they are freed
- * to what its user may lock, RLIMIT_MEMLOCK, unless it has CAP_IPC_LOCK. Closed: what the kernel holds of
- * it stays until it is let go, and so do mappings; all that was sent before is
- * still received. Until nothing is left of it, it counts as one of
- * KUCOMMS_POOLS_MAX, and its bytes among those that the endpoint allows.
+ * pinned. They are charged to the caller's memory cgroup, and until they are
+ * freed to what its user may lock, RLIMIT_MEMLOCK, unless it has CAP_IPC_LOCK.
+ * Closed: what the kernel holds of it stays until it is let go, and so do
+ * mappings; all that was sent before is still received. Until nothing is left of
+ * it, it counts as one of KUCOMMS_POOLS_MAX, and its bytes among those that the
+ * endpoint allows.
  *
  * EBADF	the file is not open for both reading and writing
  * ENOTCONN	before the set-up
