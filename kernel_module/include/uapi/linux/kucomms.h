@@ -251,8 +251,8 @@ struct kucomms_geometry {
  * or what the endpoint says. Without O_NONBLOCK, both its answer and the end of a
  * channel that is just being closed are waited for.
  *
- * Who has opened the file is asked for, not who sets it up: that user is counted,
- * and the endpoint is told its effective user id, and the process id.
+ * The process that has opened the file stands for the channel, also when another
+ * sets it up: its effective user is counted, and the endpoint is told of both.
  */
 struct kucomms_setup {
 	__u32 version;
