@@ -30,13 +30,32 @@ void kucomms_pages_free(struct page **pages, unsigned long count)
 	kvfree(pages);
 }
 
+/**
+ * kucomms_has_room - can a program have so many pages?
+ * @count: how many
+ *
+ * For all that is allocated for a program. One sixteenth of the machine's memory
+ * stays available to the others; so the kernel has to kill nobody for these pages,
+ * which it could not find by the program's size. Swap does not count: these pages
+ * cannot go there. A check, not a reservation.
+ */
+bool kucomms_has_room(unsigned long count)
+{
+	return si_mem_available() >= (long)(count + totalram_pages() / 16);
+}
+
 /* A list for pages, empty. The user is told of what is missing, no log is. */
 struct page **kucomms_pages_list(unsigned long count)
 {
+	if (!kucomms_has_room(count))
+		return NULL;
 	return kvcalloc(count, sizeof(struct page *), KUCOMMS_GFP_PAGES);
 }
 
-/* Fill the list, one page after the other. */
+/*
+ * Fill the list, one page after the other. Now and then look whether there is still
+ * room for the rest: others may fill lists, too.
+ */
 int kucomms_pages_alloc(struct page **pages, unsigned long count)
 {
 	unsigned long i;
@@ -44,6 +63,8 @@ int kucomms_pages_alloc(struct page **pages, unsigned long count)
 	for (i = 0; i < count; i++) {
 		if (fatal_signal_pending(current))
 			return -EINTR;
+		if (!(i % 256) && !kucomms_has_room(count - i))
+			return -ENOMEM;
 		pages[i] = alloc_page(KUCOMMS_GFP_PAGES);
 		if (!pages[i])
 			return -ENOMEM;
@@ -61,7 +82,7 @@ static void *map_side(struct page **pages, unsigned long count, pgprot_t prot)
 	void *at;
 
 	list = kvmalloc_array(count + data, sizeof(*list),
-			      GFP_KERNEL | __GFP_NOWARN);
+			      GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
 	if (!list)
 		return NULL;
 	memcpy(list, pages, count * sizeof(*list));
@@ -94,6 +115,7 @@ static void channel_free(struct kucomms_channel *channel)
 	kucomms_pages_free(channel->pages, 2 * channel->side_pages);
 	kucomms_pools_free(channel);
 	kfree(channel->held);
+	kfree(channel->user);
 	kfree(channel);
 	atomic_dec(&kucomms_alive.channels);
 }
@@ -133,7 +155,6 @@ struct kucomms_channel *kucomms_channel_new(u64 ring_size, u64 features)
 	INIT_LIST_HEAD(&channel->ready);
 	INIT_LIST_HEAD(&channel->attached);
 	INIT_LIST_HEAD(&channel->drained);
-	init_completion(&channel->opened);
 	init_waitqueue_head(&channel->wait);
 	init_irq_work(&channel->signal, signal_work);
 	INIT_WORK(&channel->release, channel_release_work);
@@ -316,8 +337,10 @@ void kucomms_channel_lose_user(struct kucomms_channel *channel)
 	 * smp_rmb() in serve()
 	 */
 	if (!test_and_set_bit(KUCOMMS_USER_GONE, &channel->state) &&
-	    channel->runner)
+	    channel->runner) {
 		atomic_inc(&channel->device->ending);
+		atomic_inc(&channel->user->ending);
+	}
 	raw_spin_unlock_irqrestore(&channel->runner_lock, irq);
 }
 

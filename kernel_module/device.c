@@ -16,13 +16,21 @@
 /**
  * struct kucomms_file - an open file
  * @device: which device
+ * @pid: of the process that has opened it
  * @lock: for setting up
+ * @pending_lock: of @pending
+ * @pending: a channel for which the endpoint's answer is waited for
+ * @answer: what its user gets if that is yes
  * @channel: once it is set up; does not change after that
  * @seen: the device's news when there was no channel to be had; 0 before that
  */
 struct kucomms_file {
 	struct kucomms_device *device;
+	pid_t pid;
 	struct mutex lock;	/* of setting up */
+	spinlock_t pending_lock;	/* of @pending */
+	struct kucomms_channel *pending;
+	struct kucomms_setup answer;
 	struct kucomms_channel *channel;
 	u64 seen;
 };
@@ -31,7 +39,7 @@ static struct kucomms_channel *channel_of(struct file *file)
 {
 	struct kucomms_file *kfile = file->private_data;
 
-	/* pairs with smp_store_release() in set_up() */
+	/* pairs with smp_store_release() in take_answer() */
 	return smp_load_acquire(&kfile->channel);
 }
 
@@ -44,6 +52,8 @@ static int device_open(struct inode *inode, struct file *file)
 	if (!kfile)
 		return -ENOMEM;
 	mutex_init(&kfile->lock);
+	spin_lock_init(&kfile->pending_lock);
+	kfile->pid = task_tgid_nr(current);
 	mutex_lock(&kucomms_lock);
 	device = kucomms_device_by_minor(iminor(inode));
 	if (device)
@@ -58,14 +68,20 @@ static int device_open(struct inode *inode, struct file *file)
 	return nonseekable_open(inode, file);
 }
 
+static void give_up(struct kucomms_channel *channel)
+{
+	kucomms_channel_user_gone(channel);
+	kucomms_channel_put(channel);
+}
+
 static int device_release(struct inode *inode, struct file *file)
 {
 	struct kucomms_file *kfile = file->private_data;
 
-	if (kfile->channel) {
-		kucomms_channel_user_gone(kfile->channel);
-		kucomms_channel_put(kfile->channel);
-	}
+	if (kfile->pending)
+		give_up(kfile->pending);
+	if (kfile->channel)
+		give_up(kfile->channel);
 	mutex_lock(&kucomms_lock);
 	kfile->device->opens--;
 	mutex_unlock(&kucomms_lock);
@@ -119,7 +135,9 @@ static void answer_setup(struct kucomms_setup *setup,
  * @endpoint: its serial
  * @ring_size: of each ring
  * @features: in force
+ * @pool_bytes: that all pools of the user may have
  * @flags: its options
+ * @uid: of the user who asks
  * @wanted: the number that is asked for, or -1
  * @news: the device's, before it was asked
  */
@@ -127,10 +145,27 @@ struct kucomms_terms {
 	u64 endpoint;
 	u64 ring_size;
 	u64 features;
+	u64 pool_bytes;
 	u32 flags;
+	kuid_t uid;
 	s64 wanted;
 	u64 news;
 };
+
+/* What is in force of the features that the user knows. */
+static u64 features_for(const struct kucomms_endpoint_options *options,
+			u64 known)
+{
+	u64 features = known & ~KUCOMMS_FEATURE_TURNS;
+
+	/* Who listens decides on turns, and both on the others. */
+	if (options->flags & KUCOMMS_TURNS)
+		features |= KUCOMMS_FEATURE_TURNS;
+	/* The offsets of mmap() of 32 bits end within the pools. */
+	if (!(options->flags & KUCOMMS_POOLS) || in_compat_syscall())
+		features &= ~KUCOMMS_FEATURE_POOLS;
+	return features;
+}
 
 /*
  * The terms of the endpoint for who asks for this. Return: 0, -ENOTCONN,
@@ -145,7 +180,6 @@ static int ask_for_terms(struct kucomms_device *device,
 	int err = -ENOTCONN;
 	u64 asked;
 
-	terms->features = setup->features;
 	terms->wanted = -1;
 	if (setup->flags & KUCOMMS_SETUP_NUMBER)
 		terms->wanted = setup->channel;
@@ -159,11 +193,10 @@ static int ask_for_terms(struct kucomms_device *device,
 				PAGE_SIZE, options->max_ring_size);
 		terms->ring_size = roundup_pow_of_two(asked);
 		terms->flags = options->flags;
-		/* Who listens decides on turns, and both on the others. */
-		terms->features &= ~KUCOMMS_FEATURE_TURNS;
-		if (options->flags & KUCOMMS_TURNS)
-			terms->features |= KUCOMMS_FEATURE_TURNS;
-		err = kucomms_endpoint_admits(device->endpoint, terms->wanted);
+		terms->pool_bytes = options->max_pool_bytes;
+		terms->features = features_for(options, setup->features);
+		err = kucomms_endpoint_admits(device->endpoint, terms->wanted,
+					      terms->uid);
 		if (err >= 0 || err == -ENOENT)
 			err = 0;
 		if (terms->features & ~setup->features)
@@ -185,11 +218,17 @@ static int prepare(struct kucomms_file *kfile,
 	*channel = kucomms_channel_new(terms->ring_size, terms->features);
 	if (IS_ERR(*channel))
 		return PTR_ERR(*channel);
+	err = -ENOMEM;
+	(*channel)->user = kzalloc(sizeof(*(*channel)->user),
+				   GFP_KERNEL_ACCOUNT);
+	if (!(*channel)->user)
+		goto err_put;
+	if ((*channel)->pools)
+		(*channel)->pools->limit = terms->pool_bytes;
 	if (terms->flags & KUCOMMS_RX_IN_PLACE) {
 		(*channel)->held = kcalloc(KUCOMMS_HOLD_LIMIT,
 					   sizeof(*(*channel)->held),
 					   GFP_KERNEL_ACCOUNT);
-		err = -ENOMEM;
 		if (!(*channel)->held)
 			goto err_put;
 	}
@@ -197,7 +236,8 @@ static int prepare(struct kucomms_file *kfile,
 		return 0;
 	*runner = kucomms_runner_new(kfile->device->name);
 	if (IS_ERR(*runner)) {
-		err = PTR_ERR(*runner);
+		/* To the user, EAGAIN says that there will be news. */
+		err = PTR_ERR(*runner) == -EAGAIN ? -ENOMEM : PTR_ERR(*runner);
 		goto err_put;
 	}
 	if (terms->flags & KUCOMMS_RX_IN_PLACE)
@@ -220,7 +260,7 @@ err_put:
 static int hand_over(struct kucomms_file *kfile,
 		     const struct kucomms_terms *terms,
 		     struct kucomms_channel *channel,
-		     struct kucomms_runner *runner, struct kucomms_setup *setup)
+		     struct kucomms_runner *runner)
 {
 	struct kucomms_endpoint *endpoint;
 	int err = -ENOTCONN;
@@ -233,40 +273,52 @@ static int hand_over(struct kucomms_file *kfile,
 		err = kucomms_endpoint_attach(endpoint, channel, runner,
 					      terms->wanted);
 	if (!err)
-		answer_setup(setup, channel, &endpoint->options);
+		answer_setup(&kfile->answer, channel, &endpoint->options);
 	mutex_unlock(&kucomms_lock);
 	return err;
 }
 
+/* Let the answer for a channel be waited for, or no more: @channel is NULL. */
+static void set_pending(struct kucomms_file *kfile,
+			struct kucomms_channel *channel)
+{
+	spin_lock(&kfile->pending_lock);
+	kfile->pending = channel;
+	spin_unlock(&kfile->pending_lock);
+}
+
 /*
- * One try. Return: 0, -ESTALE when there is another endpoint by now, -EINPROGRESS
- * when a channel that is wanted just ends, other errors: -EAGAIN is one of them,
- * no thread could be made.
+ * One try. Return: 0 when a channel is pending, -ESTALE when there is another
+ * endpoint by now, -EINPROGRESS when a channel that is wanted just ends, other
+ * errors.
  */
 static int ask_for_channel(struct kucomms_file *kfile,
-			   struct kucomms_setup *setup,
-			   struct kucomms_terms *terms,
-			   struct kucomms_channel **channel)
+			   const struct kucomms_setup *setup,
+			   struct kucomms_terms *terms)
 {
+	struct kucomms_channel *channel;
 	struct kucomms_runner *runner;
 	int err;
 
 	err = ask_for_terms(kfile->device, setup, terms);
 	if (!err)
-		err = prepare(kfile, terms, channel, &runner);
+		err = prepare(kfile, terms, &channel, &runner);
 	if (err)
 		return err;
-	(*channel)->pid = task_tgid_nr(current);
-	(*channel)->uid = current_euid();
-	(*channel)->hello_length = setup->hello_length;
-	memcpy((*channel)->hello, setup->hello, setup->hello_length);
-	err = hand_over(kfile, terms, *channel, runner, setup);
+	channel->pid = kfile->pid;
+	channel->uid = terms->uid;
+	channel->hello_length = setup->hello_length;
+	memcpy(channel->hello, setup->hello, setup->hello_length);
+	err = hand_over(kfile, terms, channel, runner);
 	if (err) {
 		if (runner)
 			kucomms_runner_stop(runner);
-		kucomms_channel_put(*channel);
+		kucomms_channel_put(channel);
+		return err;
 	}
-	return err;
+	set_pending(kfile, channel);
+	kucomms_debugfs_add(channel, kfile->device->name);
+	return 0;
 }
 
 /* Has anything changed since these terms were asked for? */
@@ -275,39 +327,81 @@ static bool has_news(struct kucomms_device *device, u64 seen)
 	return atomic64_read(&device->news) != seen;
 }
 
-static int set_up(struct kucomms_file *kfile, struct kucomms_setup *setup)
+static bool is_answered(const struct kucomms_channel *channel)
 {
+	/* pairs with smp_store_release() in answer() */
+	return smp_load_acquire(&channel->answered);
+}
+
+/* A channel that is wanted just ends. Return: -ESTALE: try again; or -errno. */
+static int wait_for_news(struct file *file, const struct kucomms_terms *terms)
+{
+	struct kucomms_file *kfile = file->private_data;
 	struct kucomms_device *device = kfile->device;
-	struct kucomms_channel *channel;
-	struct kucomms_terms terms;
+
+	if (file->f_flags & O_NONBLOCK)
+		return -EAGAIN;
+	return ___wait_event(device->wait, has_news(device, terms->news),
+			     KUCOMMS_SLEEP, 0, -ESTALE, schedule());
+}
+
+/* Ask until there is an answer. Return: 0 when a channel is pending. */
+static int ask(struct file *file, const struct kucomms_setup *setup)
+{
+	struct kucomms_terms terms = { .uid = file->f_cred->euid };
+	struct kucomms_file *kfile = file->private_data;
 	int err;
 
+	/* Each time round, an endpoint or a channel went. */
 	do {
-		err = ask_for_channel(kfile, setup, &terms, &channel);
-		if (err == -EINPROGRESS &&
-		    wait_event_killable(device->wait,
-					has_news(device, terms.news)))
-			return -EINTR;
-		/* Each time round, an endpoint or a channel went. */
-	} while ((err == -ESTALE || err == -EINPROGRESS) &&
-		 !fatal_signal_pending(current));
-	if (err == -ECHRNG || err == -EADDRINUSE || err == -EBUSY)
+		err = ask_for_channel(kfile, setup, &terms);
+		if (err == -EINPROGRESS)
+			err = wait_for_news(file, &terms);
+		if (err == -ESTALE && signal_pending(current))
+			err = -ERESTARTSYS;
+	} while (err == -ESTALE);
+	if (err == -ECHRNG || err == -EADDRINUSE || err == -EBUSY ||
+	    err == -EDQUOT || err == -EAGAIN)
 		WRITE_ONCE(kfile->seen, terms.news);
-	if (err)
-		return err;
+	else
+		WRITE_ONCE(kfile->seen, 0);
+	return err;
+}
 
-	kucomms_debugfs_add(channel, kfile->device->name);
-	err = wait_for_completion_killable(&channel->opened);
+/* What the endpoint says of the channel that is pending; wait for it. */
+static int take_answer(struct file *file, struct kucomms_setup *setup)
+{
+	struct kucomms_file *kfile = file->private_data;
+	struct kucomms_channel *channel = kfile->pending;
+	int err = 0;
+
+	if (!is_answered(channel) && (file->f_flags & O_NONBLOCK))
+		return -EINPROGRESS;
+	err = ___wait_event(channel->wait, is_answered(channel), KUCOMMS_SLEEP,
+			    0, 0, schedule());
 	if (!err)
 		err = channel->open_result;
+	set_pending(kfile, NULL);
 	if (err) {
-		kucomms_channel_user_gone(channel);
-		kucomms_channel_put(channel);
+		give_up(channel);
 		return err;
 	}
+	*setup = kfile->answer;
 	/* pairs with smp_load_acquire() in channel_of() */
 	smp_store_release(&kfile->channel, channel);
 	return 0;
+}
+
+static int set_up(struct file *file, struct kucomms_setup *setup)
+{
+	struct kucomms_file *kfile = file->private_data;
+	int err = 0;
+
+	if (kfile->channel)
+		return -EALREADY;
+	if (!kfile->pending)
+		err = ask(file, setup);
+	return err ?: take_answer(file, setup);
 }
 
 /* Tell who knows other things than we do what we know. Return: the error. */
@@ -319,9 +413,10 @@ static int refuse_setup(struct kucomms_setup __user *asked)
 	return -EPROTONOSUPPORT;
 }
 
-static long ioctl_setup(struct kucomms_file *kfile,
+static long ioctl_setup(struct file *file,
 			struct kucomms_setup __user *argument)
 {
+	struct kucomms_file *kfile = file->private_data;
 	struct kucomms_setup setup;
 	int err;
 
@@ -335,10 +430,10 @@ static long ioctl_setup(struct kucomms_file *kfile,
 	/* So that nothing has to be undone if the answer cannot be given. */
 	if (copy_to_user(argument, &setup, sizeof(setup)))
 		return -EFAULT;
-	err = mutex_lock_interruptible(&kfile->lock);
-	if (err)
-		return err;
-	err = kfile->channel ? -EALREADY : set_up(kfile, &setup);
+	/* Another thread may wait with it for as long as it likes. */
+	if (!mutex_trylock(&kfile->lock))
+		return -EALREADY;
+	err = set_up(file, &setup);
 	mutex_unlock(&kfile->lock);
 	if (err == -EPROTONOSUPPORT)
 		return refuse_setup(argument);
@@ -391,11 +486,11 @@ static bool wait_is_over(struct kucomms_channel *channel, u32 wanted)
 /*
  * What wait_event_interruptible_hrtimeout() does; but that macro would have us
  * read the timer's sleeper while the timer writes it.
+ * @end: when to give up, or NULL
  */
 static int sleep_until_rung(struct kucomms_channel *channel, u32 wanted,
-			    s64 timeout_ns)
+			    ktime_t *end)
 {
-	ktime_t end = ktime_add_safe(ktime_get(), ns_to_ktime(timeout_ns));
 	struct wait_queue_entry entry;
 	bool expired = false;
 	int err;
@@ -403,7 +498,7 @@ static int sleep_until_rung(struct kucomms_channel *channel, u32 wanted,
 	init_wait_entry(&entry, 0);
 	for (;;) {
 		err = prepare_to_wait_event(&channel->wait, &entry,
-					    TASK_INTERRUPTIBLE);
+					    KUCOMMS_SLEEP);
 		if (wait_is_over(channel, wanted)) {
 			err = 0;
 			break;
@@ -412,13 +507,34 @@ static int sleep_until_rung(struct kucomms_channel *channel, u32 wanted,
 			err = -ETIMEDOUT;
 		if (err)
 			break;
-		expired = !schedule_hrtimeout_range(timeout_ns < 0 ? NULL : &end,
+		expired = !schedule_hrtimeout_range(end,
 						    current->timer_slack_ns,
 						    HRTIMER_MODE_ABS);
 	}
 	finish_wait(&channel->wait, &entry);
-	/* Started again, it would wait for the whole time again. */
-	return err == -ERESTARTSYS && timeout_ns >= 0 ? -EINTR : err;
+	return err;
+}
+
+/* Sleep, and after a signal have @wait tell what is left of the time. */
+static int wait_for(struct kucomms_channel *channel, struct kucomms_wait *wait)
+{
+	ktime_t end;
+	int err;
+
+	if (wait->timeout_ns < 0)
+		return sleep_until_rung(channel, wait->events, NULL);
+	end = ktime_add_safe(ktime_get(), ns_to_ktime(wait->timeout_ns));
+	err = sleep_until_rung(channel, wait->events, &end);
+	wait->timeout_ns = max_t(s64, ktime_sub(end, ktime_get()), 0);
+	return err;
+}
+
+static int check_wait(const struct kucomms_wait *wait)
+{
+	if (!wait->events || wait->reserved || wait->timeout_ns < -1 ||
+	    wait->events & ~(KUCOMMS_WAIT_DATA | KUCOMMS_WAIT_SPACE))
+		return -EINVAL;
+	return 0;
 }
 
 static long ioctl_wait(struct file *file, struct kucomms_channel *channel,
@@ -429,21 +545,39 @@ static long ioctl_wait(struct file *file, struct kucomms_channel *channel,
 
 	if (copy_from_user(&wait, argument, sizeof(wait)))
 		return -EFAULT;
-	if (!wait.events || wait.reserved || wait.timeout_ns < -1 ||
-	    wait.events & ~(KUCOMMS_WAIT_DATA | KUCOMMS_WAIT_SPACE))
-		return -EINVAL;
+	err = check_wait(&wait);
+	if (err)
+		return err;
 	if (!wait_is_over(channel, wait.events)) {
 		if (file->f_flags & O_NONBLOCK)
 			return -EAGAIN;
-		err = sleep_until_rung(channel, wait.events, wait.timeout_ns);
-		if (err)
-			return err;
+		err = wait_for(channel, &wait);
 	}
-	err = ended(channel);
-	if (err)
+	if (!err)
+		err = ended(channel);
+	if (!err)
+		wait.events = wait_events(channel, wait.events);
+	else if (err != -ERESTARTSYS)
 		return err;
-	wait.events = wait_events(channel, wait.events);
-	return copy_to_user(argument, &wait, sizeof(wait)) ? -EFAULT : 0;
+	/* Begun again after a signal, it waits for the rest of the time. */
+	return copy_to_user(argument, &wait, sizeof(wait)) ? -EFAULT : err;
+}
+
+static bool is_for_both(const struct file *file)
+{
+	return file->f_mode & FMODE_READ && file->f_mode & FMODE_WRITE;
+}
+
+static long ioctl_pool(struct file *file, struct kucomms_channel *channel,
+		       long (*what)(struct kucomms_channel *channel,
+				    void __user *argument),
+		       void __user *argument)
+{
+	if (!is_for_both(file))
+		return -EBADF;
+	if (!channel)
+		return -ENOTCONN;
+	return ended(channel) ?: what(channel, argument);
 }
 
 static long device_ioctl(struct file *file, unsigned int command,
@@ -454,23 +588,32 @@ static long device_ioctl(struct file *file, unsigned int command,
 
 	switch (command) {
 	case KUCOMMS_IOC_SETUP:
-		return ioctl_setup(file->private_data, argument);
+		return is_for_both(file) ? ioctl_setup(file, argument) : -EBADF;
 	case KUCOMMS_IOC_KICK:
 		return channel ? ioctl_kick(channel) : -ENOTCONN;
 	case KUCOMMS_IOC_WAIT:
 		return channel ? ioctl_wait(file, channel, argument) :
 				 -ENOTCONN;
 	case KUCOMMS_IOC_OPEN_POOL:
-		return channel ? ended(channel) ?:
-				 kucomms_ioctl_open_pool(channel, argument) :
-				 -ENOTCONN;
+		return ioctl_pool(file, channel, kucomms_ioctl_open_pool,
+				  argument);
 	case KUCOMMS_IOC_CLOSE_POOL:
-		return channel ? ended(channel) ?:
-				 kucomms_ioctl_close_pool(channel, argument) :
-				 -ENOTCONN;
+		return ioctl_pool(file, channel, kucomms_ioctl_close_pool,
+				  argument);
 	default:
 		return -ENOTTY;
 	}
+}
+
+/* Is there an answer that a set-up has not waited for? */
+static bool has_answer(struct kucomms_file *kfile)
+{
+	bool has;
+
+	spin_lock(&kfile->pending_lock);
+	has = kfile->pending && is_answered(kfile->pending);
+	spin_unlock(&kfile->pending_lock);
+	return has;
 }
 
 static __poll_t device_poll(struct file *file, poll_table *table)
@@ -488,7 +631,7 @@ static __poll_t device_poll(struct file *file, poll_table *table)
 	if (READ_ONCE(kfile->device->endpoint))
 		events |= EPOLLIN | EPOLLRDNORM | EPOLLOUT | EPOLLWRNORM;
 	seen = READ_ONCE(kfile->seen);
-	if (seen && has_news(kfile->device, seen))
+	if ((seen && has_news(kfile->device, seen)) || has_answer(kfile))
 		events |= EPOLLPRI;
 	return events;
 }

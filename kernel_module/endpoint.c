@@ -48,7 +48,8 @@ static int take_options(struct kucomms_endpoint *endpoint,
 		if (!size_fits(asked, asked->size, sizeof(*asked)) ||
 		    asked->flags & ~(KUCOMMS_THREAD_PER_CHANNEL |
 				     KUCOMMS_RX_IN_PLACE | KUCOMMS_NUMBERED |
-				     KUCOMMS_TURNS) ||
+				     KUCOMMS_TURNS | KUCOMMS_POOLS) ||
+		    (asked->max_pool_bytes && !(asked->flags & KUCOMMS_POOLS)) ||
 		    asked->numbered > KUCOMMS_NUMBERED_MAX ||
 		    asked->hello_length > KUCOMMS_HELLO_MAX ||
 		    (asked->hello_length && !asked->hello))
@@ -62,6 +63,13 @@ static int take_options(struct kucomms_endpoint *endpoint,
 	options->max_ring_size =
 		max(ring_size_or(options->max_ring_size, KUCOMMS_RING_LIMIT),
 		    options->ring_size);
+	if (!options->max_channels)
+		options->max_channels = KUCOMMS_CHANNELS_DEFAULT;
+	if (!options->max_user_channels)
+		options->max_user_channels = min_t(u32, options->max_channels,
+						   KUCOMMS_USER_CHANNELS_DEFAULT);
+	if (!options->max_pool_bytes)
+		options->max_pool_bytes = KUCOMMS_POOL_BYTES_DEFAULT;
 	options->busy_poll_ns = min_t(u64, options->busy_poll_ns,
 				      KUCOMMS_BUSY_POLL_LIMIT);
 	if (options->numbered)
@@ -147,20 +155,89 @@ static bool number_ends(struct kucomms_endpoint *endpoint, u32 number)
 	return ends;
 }
 
+/* ---- the channels of one user -------------------------------------------- */
+
+/* users_lock is held. */
+static struct kucomms_user *user_of(struct kucomms_endpoint *endpoint,
+				    kuid_t uid)
+{
+	struct kucomms_user *user;
+
+	hash_for_each_possible(endpoint->users, user, node, __kuid_val(uid))
+		if (uid_eq(user->uid, uid))
+			return user;
+	return NULL;
+}
+
+/* Return: 0, -EDQUOT, or -EINPROGRESS when one of the user's is just ending. */
+static int admits_user(struct kucomms_endpoint *endpoint, kuid_t uid)
+{
+	struct kucomms_user *user;
+	int err = 0;
+
+	spin_lock(&endpoint->users_lock);
+	user = user_of(endpoint, uid);
+	if (user && user->channels >= endpoint->options.max_user_channels)
+		err = atomic_read(&user->ending) ? -EINPROGRESS : -EDQUOT;
+	spin_unlock(&endpoint->users_lock);
+	return err;
+}
+
+/* The first channel of a user brings the place in which all are counted. */
+static void count_user(struct kucomms_endpoint *endpoint,
+		       struct kucomms_channel *channel)
+{
+	struct kucomms_user *user;
+
+	spin_lock(&endpoint->users_lock);
+	user = user_of(endpoint, channel->uid);
+	if (user) {
+		kfree(channel->user);
+		channel->user = user;
+	} else {
+		channel->user->uid = channel->uid;
+		hash_add(endpoint->users, &channel->user->node,
+			 __kuid_val(channel->uid));
+	}
+	channel->user->channels++;
+	spin_unlock(&endpoint->users_lock);
+}
+
+static void uncount_user(struct kucomms_endpoint *endpoint,
+			 struct kucomms_channel *channel, bool ending)
+{
+	struct kucomms_user *user = channel->user;
+
+	channel->user = NULL;
+	spin_lock(&endpoint->users_lock);
+	if (ending)
+		atomic_dec(&user->ending);
+	if (--user->channels)
+		user = NULL;
+	else
+		hash_del(&user->node);
+	spin_unlock(&endpoint->users_lock);
+	kfree(user);
+}
+
+/* ---- who gets a channel -------------------------------------------------- */
+
 /**
  * kucomms_endpoint_admits - which number would a new channel get?
  * @endpoint: whose; kucomms_lock is held
  * @wanted: the number that is asked for, or -1
+ * @uid: of the user who asks
  *
  * Return: the number, -ENOENT for a channel without one; -ECHRNG, -EADDRINUSE,
- * -EBUSY; -EINPROGRESS instead of these two when a channel is just ending: there
- * will be news.
+ * -EDQUOT, -EBUSY; -EINPROGRESS instead of these three when a channel is just
+ * ending: there will be news.
  */
-int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted)
+int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted,
+			    kuid_t uid)
 {
 	const struct kucomms_endpoint_options *options = &endpoint->options;
 	unsigned long number = 0;
-	int busy;
+	int busy, err;
 
 	/* pairs with atomic_dec_return() in kucomms_endpoint_detach() */
 	busy = atomic_read_acquire(&endpoint->device->ending) ? -EINPROGRESS :
@@ -172,8 +249,10 @@ int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted)
 	if (wanted >= 0 && !xa_get_mark(&endpoint->numbers, wanted, FREE))
 		return number_ends(endpoint, wanted) ? -EINPROGRESS :
 						       -EADDRINUSE;
-	if (options->max_channels &&
-	    atomic_read(&endpoint->channels) >= options->max_channels)
+	err = admits_user(endpoint, uid);
+	if (err)
+		return err;
+	if ((u32)atomic_read(&endpoint->channels) >= options->max_channels)
 		return busy;
 	if (wanted >= 0)
 		return wanted;
@@ -251,6 +330,8 @@ kucomms_register(const char *name, const struct kucomms_endpoint_ops *ops,
 	endpoint->priv = priv;
 	INIT_LIST_HEAD(&endpoint->runners);
 	init_waitqueue_head(&endpoint->wait);
+	spin_lock_init(&endpoint->users_lock);
+	hash_init(endpoint->users);
 	xa_init(&endpoint->numbers);
 	err = take_options(endpoint, options);
 	if (!err)
@@ -417,7 +498,7 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 			    struct kucomms_channel *channel,
 			    struct kucomms_runner *runner, s64 wanted)
 {
-	int number = kucomms_endpoint_admits(endpoint, wanted);
+	int number = kucomms_endpoint_admits(endpoint, wanted, channel->uid);
 
 	if (number < 0 && number != -ENOENT)
 		return number;
@@ -430,6 +511,7 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 		list_add_tail(&runner->list, &endpoint->runners);
 		kucomms_runner_start(runner, endpoint);
 	}
+	count_user(endpoint, channel);
 	atomic_inc(&endpoint->channels);
 	atomic_inc(&endpoint->device->channels);
 	channel->device = endpoint->device;
@@ -451,6 +533,7 @@ void kucomms_endpoint_detach(struct kucomms_channel *channel, bool ending)
 		xa_store(&endpoint->numbers, channel->number, NOBODY, 0);
 		xa_set_mark(&endpoint->numbers, channel->number, FREE);
 	}
+	uncount_user(endpoint, channel, ending);
 	atomic_dec(&endpoint->channels);
 	if (ending)
 		/*

@@ -22,8 +22,9 @@
  *				counted that its user is gone
  *	kucomms_runner.lock	its list of channels to look at
  *
- * and kucomms_channel.tx_lock, with a pool's lock below it, kucomms_pools.lock and
- * that of kucomms_endpoint.numbers, which are leaves.
+ * and kucomms_channel.tx_lock, with a pool's lock below it, kucomms_pools.lock,
+ * kucomms_endpoint.users_lock, that of kucomms_endpoint.numbers, and
+ * kucomms_file.pending_lock, which are leaves.
  */
 #ifndef _KUCOMMS_INTERNAL_H
 #define _KUCOMMS_INTERNAL_H
@@ -31,6 +32,7 @@
 #include <linux/atomic.h>
 #include <linux/completion.h>
 #include <linux/device.h>
+#include <linux/hashtable.h>
 #include <linux/irq_work.h>
 #include <linux/kref.h>
 #include <linux/ktime.h>
@@ -55,6 +57,9 @@
 #define KUCOMMS_RING_DEFAULT	((u64)SZ_1M)
 #define KUCOMMS_RING_LIMIT	((u64)SZ_16M)
 #define KUCOMMS_RING_MAX	((u64)SZ_2G)
+#define KUCOMMS_CHANNELS_DEFAULT	1024	/* of an endpoint, */
+#define KUCOMMS_USER_CHANNELS_DEFAULT	256	/* of these, of one user */
+#define KUCOMMS_POOL_BYTES_DEFAULT	((u64)SZ_64M)
 #define KUCOMMS_LOAN_LIMIT	BITS_PER_LONG
 #define KUCOMMS_HOLD_LIMIT	BITS_PER_LONG
 #define KUCOMMS_BUSY_POLL_LIMIT	(100 * NSEC_PER_MSEC)
@@ -62,6 +67,12 @@
 /* Pages that users pay for: their limit is to be an error, and kill nobody. */
 #define KUCOMMS_GFP_PAGES	(GFP_KERNEL_ACCOUNT | __GFP_ZERO | \
 				 __GFP_NOWARN | __GFP_RETRY_MAYFAIL)
+/* A signal ends such a sleep, and a suspend freezes it where it is. */
+#ifdef TASK_FREEZABLE
+#define KUCOMMS_SLEEP		(TASK_INTERRUPTIBLE | TASK_FREEZABLE)
+#else
+#define KUCOMMS_SLEEP		TASK_INTERRUPTIBLE
+#endif
 #define KUCOMMS_BATCH		64	/* messages of a channel in a row, */
 #define KUCOMMS_BATCH_BYTES	SZ_256K	/* and bytes, by about */
 
@@ -90,6 +101,20 @@ struct kucomms_device {
 };
 
 /**
+ * struct kucomms_user - a user who has channels of an endpoint
+ * @node: in the endpoint's users
+ * @uid: which user
+ * @channels: how many
+ * @ending: of those, whose user is gone
+ */
+struct kucomms_user {
+	struct hlist_node node;
+	kuid_t uid;
+	u32 channels;
+	atomic_t ending;
+};
+
+/**
  * struct kucomms_endpoint - who has registered
  * @list: in kucomms_endpoints
  * @name: of the device that it belongs to, which may not be there yet
@@ -103,6 +128,8 @@ struct kucomms_device {
  * @runners: those of single channels
  * @channels: that are attached
  * @opened: of those, for which the open callback has returned
+ * @users_lock: of @users, and of how many channels each has
+ * @users: that have channels, by user id
  * @numbered: how many numbered channels there are
  * @numbers: by number, who has it
  * @wait: for a channel, and for the last runner to go
@@ -120,6 +147,8 @@ struct kucomms_endpoint {
 	struct list_head runners;
 	atomic_t channels;
 	atomic_t opened;
+	spinlock_t users_lock;	/* see above */
+	DECLARE_HASHTABLE(users, 6);
 	u32 numbered;
 	struct xarray numbers;
 	wait_queue_head_t wait;
@@ -200,9 +229,11 @@ enum {
 
 /**
  * struct kucomms_pools - the pools of a channel, and their buffers that move
- * @lock: of @next and of filling and emptying @slots
+ * @lock: of @next, of @taken, and of filling and emptying @slots
  * @next: the number of a side's next pool, by two
  * @slots: those that are alive, of side 0 and of side 1
+ * @limit: bytes that all pools of the user may have
+ * @taken: bytes that they have, and those that are just being made
  * @sweep: some of them may have to go
  * @is_short: the module has found no room in a pool, and has not been told of any
  * @back: buffers that are to be given back to the user
@@ -224,6 +255,8 @@ struct kucomms_pools {
 	spinlock_t lock;	/* see above */
 	u32 next[2];
 	struct kucomms_pool *slots[2][KUCOMMS_POOLS_MAX];
+	u64 limit;
+	u64 taken;
 	atomic_t sweep;
 	atomic_t is_short;
 	struct llist_head back;
@@ -264,8 +297,9 @@ enum {
  * @priv: the module's
  * @serial: tells channels of an endpoint apart
  * @number: the one that users know, or -ENOENT
- * @pid: of the process that has made it
- * @uid: its user
+ * @pid: of the process that has opened the file
+ * @uid: the effective user that it had then
+ * @user: who is counted for it; before it is attached, room for that
  * @hello: its greeting
  * @hello_length: of @hello
  * @features: in force, KUCOMMS_FEATURE_...
@@ -298,10 +332,10 @@ enum {
  * @ready: in the runner's list
  * @attached: in the runner's list of all
  * @drained: in the runner's list of those to be parked
- * @opened: the open callback has returned @open_result
+ * @answered: the open callback has returned @open_result
  * @open_result: 0 or -errno
  * @mappings: of the pages, in user space
- * @wait: for what poll() tells
+ * @wait: for the answer, then for what poll() tells
  * @signal: wakes from contexts that must not
  * @release: frees from contexts that must not
  * @debugfs: its file there
@@ -315,6 +349,7 @@ struct kucomms_channel {
 	int number;
 	pid_t pid;
 	kuid_t uid;
+	struct kucomms_user *user;
 	u8 hello[KUCOMMS_HELLO_MAX];
 	u32 hello_length;
 
@@ -359,7 +394,7 @@ struct kucomms_channel {
 	struct list_head ready;
 	struct list_head attached;
 	struct list_head drained;
-	struct completion opened;
+	bool answered;
 	int open_result;
 
 	atomic_t mappings;
@@ -393,6 +428,7 @@ extern const struct file_operations kucomms_fops;
 struct kucomms_device *kucomms_device_by_minor(u32 minor);
 
 /* channel.c */
+bool kucomms_has_room(unsigned long count);
 struct page **kucomms_pages_list(unsigned long count);
 int kucomms_pages_alloc(struct page **pages, unsigned long count);
 void kucomms_pages_free(struct page **pages, unsigned long count);
@@ -459,7 +495,8 @@ void kucomms_channel_kick(struct kucomms_channel *channel);
 bool kucomms_runner_is_current(struct kucomms_endpoint *endpoint);
 
 /* endpoint.c */
-int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted);
+int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted,
+			    kuid_t uid);
 int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 			    struct kucomms_channel *channel,
 			    struct kucomms_runner *runner, s64 wanted);

@@ -20,6 +20,7 @@ DEFINE_MUTEX(kucomms_lock);	/* devices and endpoints, see internal.h */
 static DEFINE_MUTEX(kucomms_names_lock);	/* create and remove */
 static LIST_HEAD(kucomms_devices);
 static DEFINE_XARRAY_ALLOC(kucomms_minors);
+static u32 next_minor;
 static dev_t first_number;
 static struct cdev kucomms_cdev;
 
@@ -94,9 +95,10 @@ static int attach_endpoint(struct kucomms_device *device)
 	struct kucomms_endpoint *endpoint;
 	int err;
 
-	err = xa_alloc(&kucomms_minors, &device->minor, device,
-		       XA_LIMIT(0, MINORMASK), GFP_KERNEL);
-	if (err)
+	/* Not the one that just went: somebody may be about to open that. */
+	err = xa_alloc_cyclic(&kucomms_minors, &device->minor, device,
+			      XA_LIMIT(0, MINORMASK), &next_minor, GFP_KERNEL);
+	if (err < 0)
 		return err == -EBUSY ? -ENOSPC : err;
 	list_add_tail(&device->list, &kucomms_devices);
 	list_for_each_entry(endpoint, &kucomms_endpoints, list) {
@@ -236,7 +238,8 @@ static int __init kucomms_init(void)
 {
 	int err;
 
-	kucomms_workqueue = alloc_workqueue("kucomms", WQ_UNBOUND, 0);
+	kucomms_workqueue = alloc_workqueue("kucomms",
+					    WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
 	if (!kucomms_workqueue)
 		return -ENOMEM;
 	kucomms_debugfs_init();

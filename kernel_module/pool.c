@@ -28,11 +28,13 @@
  * takes no lock needs none for this either.
  */
 
+#include <linux/cred.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/nospec.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/user.h>
 #include <linux/slab.h>
-#include <linux/swap.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
@@ -115,6 +117,7 @@ static_assert(KUCOMMS_POOL_MAX >> PAGE_SHIFT <=
  * @page_count: how many
  * @pages: they, and
  * @at: where they are for us
+ * @payer: whose user has locked them; NULL when nobody is charged for that
  * @lock: of @used and @extents
  * @used: the user's: pages that the kernel has
  * @extents: the module's: free pages
@@ -133,6 +136,7 @@ struct kucomms_pool {
 	unsigned long page_count;
 	struct page **pages;
 	void *at;
+	const struct cred *payer;
 	raw_spinlock_t lock;
 	struct kucomms_used used;
 	struct kucomms_extents extents;
@@ -159,10 +163,41 @@ static unsigned long pages_for(u64 length)
 
 /* ---- life ---------------------------------------------------------------- */
 
+/*
+ * The pages cannot be swapped out, so they count among those that the caller's user
+ * has locked, as those of io_uring and perf do. The credentials hold the user.
+ * Return: 0, -EPERM beyond RLIMIT_MEMLOCK.
+ */
+static int charge(struct kucomms_pool *pool)
+{
+	unsigned long limit = rlimit(RLIMIT_MEMLOCK) >> PAGE_SHIFT;
+	atomic_long_t *locked = &current_user()->locked_vm;
+	long before = atomic_long_read(locked);
+
+	if (capable(CAP_IPC_LOCK))
+		return 0;
+	do {
+		if (before + pool->page_count > limit)
+			return -EPERM;
+	} while (!atomic_long_try_cmpxchg(locked, &before,
+					  before + pool->page_count));
+	pool->payer = get_current_cred();
+	return 0;
+}
+
+static void uncharge(struct kucomms_pool *pool)
+{
+	if (!pool->payer)
+		return;
+	atomic_long_sub(pool->page_count, &pool->payer->user->locked_vm);
+	put_cred(pool->payer);
+}
+
 static void pool_free(struct kucomms_pool *pool)
 {
 	vunmap(pool->at);
 	kucomms_pages_free(pool->pages, pool->page_count);
+	uncharge(pool);
 	kvfree(pool->buffers);
 	kvfree(pool->used.bits);
 	kfree(pool);
@@ -205,29 +240,21 @@ static int alloc_contiguous(struct page **pages, unsigned long count)
 	return 0;
 }
 
-/*
- * What can never be had is not to be taken page by page from all others first. A
- * check, not a reservation.
- */
-static bool is_more_than_there_is(unsigned long count)
+static bool can_be_a_pool(u64 size, u32 flags)
 {
-	return (long)count > si_mem_available() + get_nr_swap_pages();
+	return size && !(size & ~PAGE_MASK) && size <= KUCOMMS_POOL_MAX &&
+	       !(flags & ~KUCOMMS_POOL_CONTIGUOUS) &&
+	       (!flags || size <= KUCOMMS_POOL_CONTIGUOUS_MAX);
 }
 
-/* A pool in no slot yet; charged to the caller. */
+/* A pool of a side, in no slot yet; charged to the caller. */
 static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
-				     u32 flags)
+				     u32 flags, u32 side)
 {
 	unsigned long count = size >> PAGE_SHIFT;
 	struct kucomms_pool *pool;
-	int err = -ENOMEM;
+	int err;
 
-	if (!size || size & ~PAGE_MASK || size > KUCOMMS_POOL_MAX ||
-	    flags & ~KUCOMMS_POOL_CONTIGUOUS ||
-	    (flags && size > KUCOMMS_POOL_CONTIGUOUS_MAX))
-		return ERR_PTR(-EINVAL);
-	if (is_more_than_there_is(count))
-		return ERR_PTR(-ENOMEM);
 	pool = kzalloc(sizeof(*pool), KUCOMMS_GFP_POOL);
 	if (!pool)
 		return ERR_PTR(-ENOMEM);
@@ -238,6 +265,11 @@ static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 	atomic_set(&pool->opened.state, OPENED);
 	atomic_set(&pool->gone.state, CLOSED);
 	INIT_WORK(&pool->release, pool_release);
+	/* What the module opens is its own decision. */
+	err = side ? charge(pool) : 0;
+	if (err)
+		goto err_free;
+	err = -ENOMEM;
 	pool->pages = kucomms_pages_list(count);
 	pool->used.bits = kvcalloc(BITS_TO_LONGS(count), sizeof(long),
 				   KUCOMMS_GFP_POOL);
@@ -329,6 +361,32 @@ static s64 add_pool(struct kucomms_pool *pool, u32 side)
 	return number;
 }
 
+/*
+ * Before all that memory is taken: is there a slot, and may the user have so much?
+ * The bytes are taken by this. Return: 0, -EMFILE, -EDQUOT.
+ */
+static int take_bytes(struct kucomms_pools *pools, u64 size, u32 side)
+{
+	s64 err;
+
+	spin_lock(&pools->lock);
+	err = min_t(s64, next_number(pools, side), 0);
+	if (!err && side && size > pools->limit - pools->taken)
+		err = -EDQUOT;
+	if (!err && side)
+		pools->taken += size;
+	spin_unlock(&pools->lock);
+	return err;
+}
+
+static void give_bytes_back(struct kucomms_pools *pools, u64 size, u32 side)
+{
+	spin_lock(&pools->lock);
+	if (side)
+		pools->taken -= size;
+	spin_unlock(&pools->lock);
+}
+
 /* A new pool in a slot, in @pool. Return: as add_pool(), or another -errno. */
 static s64 open_pool(struct kucomms_channel *channel, u64 size, u32 flags,
 		     u32 side, struct kucomms_pool **pool)
@@ -338,20 +396,24 @@ static s64 open_pool(struct kucomms_channel *channel, u64 size, u32 flags,
 
 	if (!pools)
 		return -EOPNOTSUPP;
-	/* Before all that memory is taken in vain. */
-	spin_lock(&pools->lock);
-	number = next_number(pools, side);
-	spin_unlock(&pools->lock);
+	if (!can_be_a_pool(size, flags))
+		return -EINVAL;
+	number = take_bytes(pools, size, side);
 	if (number < 0)
 		return number;
-	*pool = pool_new(channel, size, flags);
-	if (IS_ERR(*pool))
-		return PTR_ERR(*pool);
+	*pool = pool_new(channel, size, flags, side);
+	number = PTR_ERR_OR_ZERO(*pool);
+	if (number < 0)
+		goto err_bytes;
 	/* Of the module's pool there will be news. */
 	refcount_set(&(*pool)->refs, side ? 1 : 2);
 	number = add_pool(*pool, side);
-	if (number < 0)
-		pool_free(*pool);
+	if (number >= 0)
+		return number;
+
+	pool_free(*pool);
+err_bytes:
+	give_bytes_back(pools, size, side);
 	return number;
 }
 
@@ -398,6 +460,8 @@ void kucomms_pools_sweep(struct kucomms_channel *channel)
 				continue;
 			spin_lock(&pools->lock);
 			WRITE_ONCE(pools->slots[side][i], NULL);
+			if (side)
+				pools->taken -= (u64)pool->page_count << PAGE_SHIFT;
 			spin_unlock(&pools->lock);
 			/* A large one takes a while, and others wait for us. */
 			queue_work(kucomms_workqueue, &pool->release);
@@ -757,9 +821,10 @@ static void tell(struct kucomms_pool *pool, struct kucomms_owed *news)
  * callback to nobody, so bound the channels that there can be. It ends by
  * kucomms_close_pool(), or with the channel. May sleep; from the open callback on.
  *
- * Return: the pool, or an error pointer: -EOPNOTSUPP when the user knows no pools,
- * -EINVAL, -ENOMEM, -EMFILE when there are KUCOMMS_POOLS_MAX, those included that
- * were closed and of which the user still has something.
+ * Return: the pool, or an error pointer: -EOPNOTSUPP when the user knows no
+ * pools or the endpoint has no KUCOMMS_POOLS, -EINVAL, -ENOMEM, -EMFILE when
+ * there are KUCOMMS_POOLS_MAX, those included that were closed and of which the
+ * user still has something.
  */
 struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
 				       u64 size, u32 flags)

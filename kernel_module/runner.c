@@ -130,15 +130,30 @@ static void end_channel(struct kucomms_runner *runner,
 	detach(runner, channel);
 }
 
-/* No channel comes of it. Who waits is told when nothing is left of it. */
+/* Tell the process that has asked for a channel what came of it. */
+static void answer(struct kucomms_channel *channel,
+		   struct kucomms_device *device, int err)
+{
+	channel->open_result = err;
+	/* pairs with smp_load_acquire() in is_answered() */
+	smp_store_release(&channel->answered, true);
+	wake_up_all(&channel->wait);
+	wake_up_poll(&device->wait, EPOLLPRI);
+}
+
+/* No channel comes of it. The process is told when nothing is left of it. */
 static void refuse(struct kucomms_runner *runner,
 		   struct kucomms_channel *channel, int err)
 {
+	struct kucomms_device *device = channel->device;
+
 	kucomms_channel_get(channel);
 	kucomms_channel_stop_sending(channel);
+	/* Nobody removes the device until the process is told. */
+	mutex_lock(&kucomms_lock);
 	detach(runner, channel);
-	channel->open_result = err;
-	complete(&channel->opened);
+	answer(channel, device, err);
+	mutex_unlock(&kucomms_lock);
 	kucomms_channel_put(channel);
 }
 
@@ -189,6 +204,8 @@ int kucomms_runner_grow(struct kucomms_runner *runner,
 
 	if (size <= runner->buffer_size)
 		return 0;
+	if (!kucomms_has_room(size >> PAGE_SHIFT))
+		return -ENOMEM;
 	buffer = kvmalloc(size, gfp | __GFP_NOWARN | __GFP_RETRY_MAYFAIL);
 	if (!buffer)
 		return -ENOMEM;
@@ -198,9 +215,12 @@ int kucomms_runner_grow(struct kucomms_runner *runner,
 	return 0;
 }
 
-/* A process waits for its channel to be opened. */
-static void open_channel(struct kucomms_runner *runner,
-			 struct kucomms_channel *channel)
+/*
+ * Ask the endpoint whether it takes this channel, and have a buffer for what the
+ * user sends. Return: 0, -ENOMEM, or what the endpoint says.
+ */
+static int ask_endpoint(struct kucomms_runner *runner,
+			struct kucomms_channel *channel)
 {
 	struct kucomms_endpoint *endpoint = runner->endpoint;
 	const struct kucomms_peer peer = {
@@ -211,13 +231,27 @@ static void open_channel(struct kucomms_runner *runner,
 	};
 	int err = 0;
 
-	if (!(endpoint->options.flags & KUCOMMS_RX_IN_PLACE))
-		err = kucomms_runner_grow(runner, channel, GFP_KERNEL);
-	if (!err && endpoint->ops->open)
+	if (endpoint->ops->open)
 		err = endpoint->ops->open(channel, &peer);
-	/* What is no errno, or would have the system call begun again. */
-	if (err > 0 || err <= -ERESTARTSYS || err == -EINTR)
+	/* What is no errno, or means to the user that there is no answer yet. */
+	if (err > 0 || err <= -ERESTARTSYS || err == -EINTR ||
+	    err == -EAGAIN || err == -EINPROGRESS)
 		err = -EIO;
+	if (err || (endpoint->options.flags & KUCOMMS_RX_IN_PLACE))
+		return err;
+	err = kucomms_runner_grow(runner, channel, GFP_KERNEL);
+	if (err && endpoint->ops->close)
+		endpoint->ops->close(channel);
+	return err;
+}
+
+/* A process waits for its channel to be opened. */
+static void open_channel(struct kucomms_runner *runner,
+			 struct kucomms_channel *channel)
+{
+	struct kucomms_endpoint *endpoint = runner->endpoint;
+	int err = ask_endpoint(runner, channel);
+
 	if (err) {
 		refuse(runner, channel, err);
 		return;
@@ -232,7 +266,7 @@ static void open_channel(struct kucomms_runner *runner,
 	wake_up_all(&endpoint->wait);
 	/* To be looked at, and parked, once. */
 	kucomms_channel_kick(channel);
-	complete(&channel->opened);
+	answer(channel, channel->device, 0);
 }
 
 /* ---- messages that are held ---------------------------------------------- */

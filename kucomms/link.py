@@ -518,7 +518,8 @@ class Link:
         if not self._connection.carries_buffers:
             raise UsageError(
                 f"{self._url}: buffers cannot be handed over this link; that takes inproc://, "
-                "kernel://, or shm:// with a Python program of the same user"
+                "kernel:// to an endpoint with KUCOMMS_POOLS, or shm:// with a Python program of "
+                "the same user"
             )
         return partial(self._link_pools().send, given, flags), CARRIED_SIZE * len(given)
 
@@ -939,9 +940,9 @@ class Link:
         """As ``kucomms.open_pool``; this pool is closed with the link, if not before.
 
         Its buffers can be handed to the peer, see ``send``, which maps the pool as well, and
-        can write to all of it. That takes a peer that knows how: over kernel:// and inproc://
-        each does; over shm:// one of the same user, and no C program. With others the pool is
-        for transfers only.
+        can write to all of it. That takes a peer that knows how: over inproc:// each does; over
+        kernel:// an endpoint with KUCOMMS_POOLS; over shm:// one of the same user, and no C
+        program. With others the pool is for transfers only.
 
         ``contiguous``: in one piece of physical memory, over kernel:// only. ValueError for
         more than 4 MiB.

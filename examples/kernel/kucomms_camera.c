@@ -145,6 +145,7 @@ static int __init camera_init(void)
 {
 	static const struct kucomms_endpoint_options options = {
 		.size = sizeof(options),
+		.flags = KUCOMMS_POOLS,
 		/* The pools are ours, and nobody else is charged for them. */
 		.max_channels = 8,
 	};

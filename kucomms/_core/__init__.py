@@ -335,7 +335,7 @@ def new_setup() -> Any:
 
 
 def ioctl_setup(fd: int, setup: Any) -> int:
-    """Make a channel of an open device; 0 or an errno. May wait for the kernel endpoint."""
+    """Make a channel of an open device; 0 or an errno. Waits unless it is non-blocking."""
     return int(lib.setup_ioctl(fd, setup))
 
 

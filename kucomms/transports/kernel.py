@@ -15,8 +15,8 @@ import asyncio
 import errno
 import os
 import select
-import threading
 from collections.abc import Callable
+from typing import Any
 
 from kucomms import _core
 from kucomms._core import lib, ring_device
@@ -43,7 +43,7 @@ from kucomms.transports.base import (
     Peer,
 )
 
-__all__ = ["KernelConnection", "device_path", "set_up", "transport"]
+__all__ = ["KernelConnection", "device_path", "transport"]
 
 _RETRY_FIRST, _RETRY_LAST = 0.002, 0.05  # seconds between two looks for a device
 _ANSWER = 1.0  # seconds that the kernel endpoint has for its answer, even when time is up
@@ -116,7 +116,7 @@ class KernelConnection(Connection):
         # A large one takes a while, and the link may be closed meanwhile.
         device = os.dup(self._fd)
         return await asyncio.get_running_loop().run_in_executor(
-            None, _open_pool, device, size, contiguous
+            None, _open_pool, self.url, device, size, contiguous
         )
 
     def close_pool(self, number: int) -> bool:
@@ -147,7 +147,15 @@ class KernelConnection(Connection):
         os.close(fd)
 
 
-def _open_pool(device: int, size: int, contiguous: bool) -> tuple[int, PoolMemory]:
+_NO_POOL = {
+    errno.EDQUOT: "the kernel endpoint allows the pools of a link no more (max_pool_bytes); close "
+    "one, open a smaller one, or load its module with a larger limit",
+    errno.EPERM: "this user may lock no more memory (RLIMIT_MEMLOCK); open a smaller one, or raise "
+    "that limit ('ulimit -l', or memlock in /etc/security/limits.conf)",
+}
+
+
+def _open_pool(url: str, device: int, size: int, contiguous: bool) -> tuple[int, PoolMemory]:
     """A new pool, mapped. Closes the descriptor. Raises OSError."""
     try:
         number, offset = _core.ioctl_open_pool(device, size, contiguous=contiguous)
@@ -156,6 +164,12 @@ def _open_pool(device: int, size: int, contiguous: bool) -> tuple[int, PoolMemor
         except OSError:
             _core.ioctl_close_pool(device, number)
             raise
+    except OSError as error:
+        why = _NO_POOL.get(error.errno or 0)
+        if why is None:
+            raise
+        what = f"{url}: cannot open a pool of {size} bytes"
+        raise _core.os_error(error.errno or 0, what, why) from error
     finally:
         os.close(device)
 
@@ -181,38 +195,38 @@ def _open(address: Address) -> int:
         raise _core.os_error(error.errno or 0, f"{address.url}: cannot open {path}") from error
 
 
-def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnection:
-    """Make a link of an open device, which it takes over, also when it fails.
+def _request(address: Address, options: ConnectOptions) -> Any:
+    """The ``struct kucomms_setup`` that asks for such a link."""
+    record = _core.new_setup()
+    record.version = lib.KUCOMMS_ABI_VERSION
+    record.features = lib.KUCOMMS_FEATURES
+    record.ring_size = options.ring_size
+    record.hello_length = len(options.hello)
+    record.hello[0 : len(options.hello)] = options.hello
+    if address.channel is not None:
+        record.flags = lib.KUCOMMS_SETUP_NUMBER
+        record.channel = address.channel
+    return record
 
-    May wait for the endpoint's open callback. Raises NotReadyError when no endpoint is
-    registered, NoSuchChannelError, BusyError, ChannelTakenError, ShutdownError,
-    VersionError, TransportError.
+
+def _attach(url: str, device: int, record: Any) -> KernelConnection:
+    """The link of a device that was set up, with a descriptor of its own.
+
+    Raises VersionError, TransportError.
     """
-    url = address.url
     half = None
     epoll = None
+    fd = -1
+    ring_size = int(record.ring_size)
+    features = int(record.features)
     try:
-        epoll = select.epoll()
-        record = _core.new_setup()
-        record.version = lib.KUCOMMS_ABI_VERSION
-        record.features = lib.KUCOMMS_FEATURES
-        record.ring_size = options.ring_size
-        record.hello_length = len(options.hello)
-        record.hello[0 : len(options.hello)] = options.hello
-        if address.channel is not None:
-            record.flags = lib.KUCOMMS_SETUP_NUMBER
-            record.channel = address.channel
-        number = _core.ioctl_setup(fd, record)
-        if number:
-            raise _refused(address, number, record)
-        ring_size = int(record.ring_size)
-        features = int(record.features)
         if record.side_size != _core.side_size(ring_size) or features & ~lib.KUCOMMS_FEATURES:
             raise VersionError(
                 f"{url}: the module lays its memory out otherwise than this version of kucomms; "
                 "use the same version of both"
             )
-        # An epoll that was told before the set-up would not hear of what comes after it.
+        fd = os.dup(device)
+        epoll = select.epoll()
         epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         half = _core.HalfChannel(url, 1, ring_size, fd, int(record.side_offset[1]), features)
         channel = half.attach(fd, int(record.side_offset[0]))
@@ -221,7 +235,8 @@ def set_up(address: Address, options: ConnectOptions, fd: int) -> KernelConnecti
             half.close()
         if epoll is not None:
             epoll.close()
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
         if isinstance(error, OSError) and not isinstance(error, KucommsError):
             raise _core.os_error(error.errno or 0, f"{url}: cannot watch the device") from error
         raise
@@ -259,6 +274,11 @@ def _refused(address: Address, number: int, record: object) -> KucommsError:
             f"{url}: the kernel module went away while it was asked for a link; connect again "
             "when it is back, or give connect() a longer timeout"
         )
+    if number == errno.EDQUOT:
+        return BusyError(
+            f"{url}: this user has all the links that the kernel endpoint gives one user "
+            "(max_user_channels); close one, or load its module with a larger limit"
+        )
     if number == errno.EBUSY:
         return BusyError(f"{url}: the kernel endpoint has all the links that it takes")
     if number == errno.EPROTONOSUPPORT:
@@ -271,54 +291,58 @@ def _refused(address: Address, number: int, record: object) -> KucommsError:
         return VersionError(f"{url}: this device is not of a kucomms module that we know")
     if number == errno.ENOMEM:
         return _core.os_error(
-            number, f"{url}: the kernel has no memory for the rings; ask for a smaller ring_size"
+            number,
+            f"{url}: the kernel has no memory for the rings, or too little would be left for "
+            "others; ask for a smaller ring_size",
         )
     return _core.os_error(number, f"{url}: the kernel endpoint refused the link")
 
 
-async def _try_set_up(address: Address, options: ConnectOptions, device: int) -> Connection:
-    """One try. The set-up may wait for the endpoint's open callback, so it has a thread.
+async def _ask(address: Address, device: int, record: Any) -> int:
+    """Have the kernel begin a set-up; 0 or an errno.
 
-    And a descriptor of its own of the open ``device``, because it may outlive this.
-
-    A daemon thread, and not the loop's executor: a callback that blocks for ever must not
-    keep this process from ending.
+    It waits for nobody else, but allocates, so it has a thread. And that has a descriptor of
+    its own of the open ``device``, because it may outlive this.
     """
-    loop = asyncio.get_running_loop()
-    made: asyncio.Future[Connection] = loop.create_future()
     try:
         fd = os.dup(device)
     except OSError as error:
         raise _core.os_error(error.errno or 0, f"{address.url}: cannot connect") from error
 
-    def deliver(connection: KernelConnection | None, error: BaseException | None) -> None:
-        if error is not None:
-            if not made.done():
-                made.set_exception(error)
-        elif connection is not None:
-            if made.done():
-                _drop(connection)  # nobody waits any more
-            else:
-                made.set_result(connection)
-
-    def run() -> None:
-        connection = error = None
+    def ask() -> int:
         try:
-            connection = set_up(address, options, fd)
-        except BaseException as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(deliver, connection, error)
-        except RuntimeError:  # the loop is closed
-            if connection is not None:
-                _drop(connection)
+            return _core.ioctl_setup(fd, record)
+        finally:
+            os.close(fd)
 
     try:
-        threading.Thread(target=run, name=f"kucomms {address.url}", daemon=True).start()
+        asked = asyncio.get_running_loop().run_in_executor(None, ask)
     except RuntimeError as failed:
         os.close(fd)
         raise TransportError(errno.EAGAIN, f"{address.url}: {failed}") from failed
-    return await made
+    # Cancelled before it has begun, it would not close the descriptor.
+    return await asyncio.shield(asked)
+
+
+async def _try_set_up(address: Address, options: ConnectOptions, device: int) -> Connection:
+    """Make a link of an open device, or raise why there is none.
+
+    The kernel waits for nobody in there: this does, for the answer of the endpoint, and for a
+    channel that is just being closed. When it is cancelled, who closes ``device`` gives the
+    set-up up.
+    """
+    while True:
+        record = _request(address, options)
+        number = await _ask(address, device, record)
+        while number == errno.EINPROGRESS:
+            await _has_news(address, device, None)
+            number = _core.ioctl_setup(device, record)
+        if number != errno.EAGAIN:
+            break
+        await _has_news(address, device, None)
+    if number:
+        raise _refused(address, number, record)
+    return _attach(address.url, device, record)
 
 
 async def _connect_once(
@@ -368,14 +392,6 @@ async def _has_news(address: Address, device: int, give_up: float | None) -> boo
         finally:
             loop.remove_reader(epoll.fileno())
     return True
-
-
-def _drop(connection: KernelConnection) -> None:
-    """Close what nobody wants any more."""
-    connection.channel.attach(connection.ring)
-    connection.channel.stop_sending(_core.STATE_CLOSED)
-    connection.close()
-    connection.channel.unmap()
 
 
 class KernelTransport:

@@ -137,8 +137,8 @@ PLANTS = (
     Plant(
         "buffer-handed-over-twice",
         "pool.c",
-        "\tif (used)\n\t\treturn NULL;\n",
-        "",
+        "\t\tif (used)\n\t\t\treturn false;\n",
+        "\t\t(void)used;\n",
         "test_pool.py -k is_not_handed_over_again",
         r"FAILED .*test_what_the_kernel_has_is_not_handed_over_again",
     ),

@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 
 import kucomms
+from tests.kernel.pool_device import close_pool, open_pool
 from tests.kernel.raw_device import (
     BUSY,
     DATA,
@@ -183,14 +184,15 @@ def test_kernel_side_is_not_written_through_proc():
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY])
 def test_rights_of_the_descriptor(flags):
+    """Who cannot read and write gets nothing: no channel, and no pool."""
     with opened(flags=flags) as fd:
-        number, _setup = set_up(fd, ring_size=RING)
-        assert number == 0
-        with refused(errno.EACCES):
-            map_memory(fd, PAGE, 4 * PAGE, READ | WRITE)
-        # who cannot write its own side has no use for the kernel's
-        with refused(errno.EACCES, errno.EINVAL):
-            map_memory(fd, PAGE, 0, READ)
+        assert set_up(fd, ring_size=RING)[0] == errno.EBADF
+        assert open_pool(fd, PAGE)[0] == errno.EBADF
+        assert close_pool(fd, 1) == errno.EBADF
+        for prot in (READ, READ | WRITE):
+            with refused(errno.ENOTCONN, errno.EACCES):
+                map_memory(fd, PAGE, 4 * PAGE, prot)
+        assert counters()["channels"] == 0
 
 
 def test_never_executable(tmp_path):

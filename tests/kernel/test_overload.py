@@ -220,7 +220,7 @@ async def test_no_more_threads():
         most.write_text("20")
         try:
             child.tell()
-            child.says("EAGAIN")
+            child.says("ENOMEM")
         finally:
             most.write_text(before)
         child.tell()

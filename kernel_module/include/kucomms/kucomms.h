@@ -54,8 +54,9 @@ struct kucomms_message {
 
 /**
  * struct kucomms_peer - who wants a channel
- * @pid: of the process, in the initial namespace
- * @uid: its effective user
+ * @pid: of the process that has opened the device, in the initial namespace. It
+ *	 may have passed the file on, and be gone
+ * @uid: the effective user that it had then
  * @hello_length: of @hello
  * @hello: the greeting that it sent
  */
@@ -78,7 +79,10 @@ struct kucomms_peer {
  * @buffers_available: buffers were given back or freed, after kucomms_allocate()
  *		       met -ENOBUFS. Optional.
  * @timer: once a second for each channel, with ktime_get_ns(). Optional.
- * @open: a process connects. Return 0, or an errno that it gets. Optional.
+ * @open: a process connects. Return 0, or an errno that it gets; instead of
+ *	  -EAGAIN, -EINPROGRESS and -EINTR, which mean something else to it, it
+ *	  gets EIO. Without memory for its messages, @close follows at once.
+ *	  Optional.
  * @close: the channel is gone; the last callback for it. Optional.
  *
  * A tick that comes too late is left out, never made up for. The structure has
@@ -110,6 +114,8 @@ struct kucomms_endpoint_ops {
  * the token that he sends first. Sends out of turn fail with -EPERM.
  */
 #define KUCOMMS_TURNS			0x8
+/* Messages can hand over buffers, and the user can open pools for them. */
+#define KUCOMMS_POOLS			0x10
 
 #define KUCOMMS_NUMBERED_MAX		0x100000
 
@@ -117,10 +123,16 @@ struct kucomms_endpoint_ops {
  * struct kucomms_endpoint_options - what an endpoint may ask for
  * @size: sizeof(struct kucomms_endpoint_options)
  * @flags: KUCOMMS_THREAD_PER_CHANNEL, KUCOMMS_RX_IN_PLACE, KUCOMMS_NUMBERED,
- *	   KUCOMMS_TURNS
- * @max_channels: 0 for no limit
+ *	   KUCOMMS_TURNS, KUCOMMS_POOLS
+ * @max_channels: 0 for 1024, UINT_MAX for no limit. With
+ *		  KUCOMMS_THREAD_PER_CHANNEL so many threads, too
+ * @max_user_channels: of these, what one user can have, by effective user id,
+ *		       root as well; 0 for 256, or @max_channels if that is less.
+ *		       A channel counts until its close callback has returned
  * @ring_size: bytes of each ring for who does not ask; 0 for 1 MiB
- * @max_ring_size: the most that a user can ask for; 0 for 16 MiB
+ * @max_ring_size: the most that a user can ask for; 0 for 16 MiB. The shared
+ *		   thread's buffer for a message grows up to this, and is charged
+ *		   to nobody; that of a channel's own thread is charged to its user
  * @hello_length: of @hello, at most KUCOMMS_HELLO_MAX
  * @hello: greeting to who connects
  * @busy_poll_ns: how long the thread may spin for more messages before it goes to
@@ -130,18 +142,22 @@ struct kucomms_endpoint_ops {
  * @numbered: how many channels there are: 0, 1 ... @numbered - 1. Each user has
  *	      the one that he asks for, or the lowest that is free. More can be
  *	      announced later. 0, without KUCOMMS_NUMBERED: the channels have no
- *	      numbers, and there may be any number of them
+ *	      numbers. More than 1024 need @max_channels, too
+ * @max_pool_bytes: what all pools of a channel's user may have, until nothing is
+ *		    left of them; 0 for 64 MiB. Only with KUCOMMS_POOLS
  */
 struct kucomms_endpoint_options {
 	size_t size;
 	u32 flags;
 	u32 max_channels;
+	u32 max_user_channels;
 	u64 ring_size;
 	u64 max_ring_size;
 	u32 hello_length;
 	const u8 *hello;
 	u64 busy_poll_ns;
 	u32 numbered;
+	u64 max_pool_bytes;
 };
 
 struct kucomms_endpoint *
@@ -185,10 +201,10 @@ void kucomms_resume(struct kucomms_channel *channel);
 void kucomms_close(struct kucomms_channel *channel);
 
 /*
- * Buffers. A message can hand over memory instead of carrying it: whole buffers of
- * a pool that both sides have mapped. Each has one holder at a time. All pools and
- * buffers end with the channel: after the close callback they are not to be used,
- * but with kucomms_channel_get().
+ * Buffers. A message can hand over memory instead of carrying it: whole buffers
+ * of a pool that both sides have mapped; only with KUCOMMS_POOLS. Each has one
+ * holder at a time. All pools and buffers end with the channel: after the close
+ * callback they are not to be used, but with kucomms_channel_get().
  */
 struct kucomms_pool *kucomms_open_pool(struct kucomms_channel *channel,
 				       u64 size, u32 flags);

@@ -784,18 +784,32 @@ err_channel:
 	return err;
 }
 
+/* Sleep until the device has news of a set-up. Return: 0, -ETIMEDOUT, -errno. */
+static inline int kucomms_device_sleep(struct kucomms_client *client,
+				       int64_t end)
+{
+	struct pollfd news;
+	int count;
+
+	news.fd = client->device;
+	news.events = POLLPRI;
+	count = poll(&news, 1, kucomms_poll_time(end));
+	return count < 0 ? -errno : count ? 0 : -ETIMEDOUT;
+}
+
 /*
  * Make a channel of the open device; wait for one of this @number, unless it is
- * -1, as long as the endpoint is there. Return: 0, -EAGAIN when it is not,
- * -ECHRNG, -EADDRINUSE, -EBUSY, -ESHUTDOWN, -EINTR, other -errno.
+ * -1, as long as the endpoint is there, and until @answer for the end of a channel
+ * that is just being closed and for what the endpoint says. Return: 0, -EAGAIN
+ * when it is not there, -ECHRNG, -EADDRINUSE, -EDQUOT, -EBUSY, -ESHUTDOWN,
+ * -ETIMEDOUT, -EINTR, other -errno.
  */
 static inline int kucomms_device_set_up(struct kucomms_client *client,
 					uint64_t ring_size, int64_t number,
-					int64_t end)
+					int64_t end, int64_t answer)
 {
 	struct kucomms_setup setup;
-	struct pollfd news;
-	int err, left;
+	int err;
 
 	for (;;) {
 		memset(&setup, 0, sizeof(setup));
@@ -811,20 +825,23 @@ static inline int kucomms_device_set_up(struct kucomms_client *client,
 		err = -errno;
 		if (err == -ENOTCONN)
 			return -EAGAIN;
-		left = kucomms_poll_time(end);
-		if (err != -ECHRNG || number < 0 || !left)
+		if (err == -EINPROGRESS || err == -EAGAIN) {
+			err = kucomms_device_sleep(client, answer);
+		} else if (err == -ECHRNG && number >= 0 && kucomms_poll_time(end)) {
+			err = kucomms_device_sleep(client, end);
+			if (err == -ETIMEDOUT)
+				err = 0;	/* the next try says ECHRNG */
+		}
+		if (err)
 			return err;
-		news.fd = client->device;
-		news.events = POLLPRI;
-		if (poll(&news, 1, left) < 0)
-			return -errno;
 	}
 }
 
 /* -EAGAIN when there is no device or no endpoint. */
 static inline int kucomms_device_connect(struct kucomms_client *client,
 					 const char *name, int64_t number,
-					 uint64_t ring_size, int64_t end)
+					 uint64_t ring_size, int64_t end,
+					 int64_t answer)
 {
 	char path[sizeof("/dev/kucomms_") + KUCOMMS_NAME_MAX];
 	int err;
@@ -835,7 +852,7 @@ static inline int kucomms_device_connect(struct kucomms_client *client,
 	if (client->device < 0)
 		return errno == ENOENT || errno == ENXIO || errno == ENODEV ?
 		       -EAGAIN : -errno;
-	err = kucomms_device_set_up(client, ring_size, number, end);
+	err = kucomms_device_set_up(client, ring_size, number, end, answer);
 	if (err)
 		kucomms_client_drop(client);
 	else
@@ -850,20 +867,21 @@ static inline int kucomms_device_connect(struct kucomms_client *client,
  * @ring_size: bytes per direction, 0 for the listener's default
  * @timeout_ms: how long to wait for a listener, or for the kernel endpoint and
  *		its channel of this number. With 0 it is tried once, and a
- *		listener that is there has KUCOMMS_HANDSHAKE_MS to answer. (A
- *		kernel endpoint has all the time that it takes.)
+ *		listener or kernel endpoint that is there has
+ *		KUCOMMS_HANDSHAKE_MS to answer
  *
  * Return: 0, -EAGAIN or -ETIMEDOUT when nobody listens, -ETIMEDOUT also when
  * somebody does and does not answer, -EBUSY, -EPERM, -EINVAL, -EINTR, -EPROTO,
  * -EPROTONOSUPPORT, -ENOSPC when the listener has no memory, other -errno. From
  * the kernel also -ECHRNG, -EADDRINUSE when somebody else has the channel,
+ * -EDQUOT when this user has all that the endpoint gives one user,
  * -ESHUTDOWN when the module goes just then, and what the endpoint says.
  */
 static inline int kucomms_connect(struct kucomms_client *client,
 				  const char *url, uint64_t ring_size,
 				  int timeout_ms)
 {
-	int64_t end = kucomms_deadline(timeout_ms);
+	int64_t end = kucomms_deadline(timeout_ms), answer = end;
 	char name[KUCOMMS_NAME_MAX + 1];
 	int err, left, kernel, pause = 1;
 	char path[PATH_MAX];
@@ -876,15 +894,15 @@ static inline int kucomms_connect(struct kucomms_client *client,
 		err = kucomms_directory_path(path, sizeof(path));
 	if (err)
 		return err;
-	if (!timeout_ms && !kernel)
-		end = kucomms_deadline(KUCOMMS_HANDSHAKE_MS);
+	if (!timeout_ms)
+		answer = kucomms_deadline(KUCOMMS_HANDSHAKE_MS);
 	for (;;) {
 		if (kernel)
 			err = kucomms_device_connect(client, name, number,
-						     ring_size, end);
+						     ring_size, end, answer);
 		else
 			err = kucomms_connect_once(client, path, name,
-						   ring_size, end);
+						   ring_size, answer);
 		if ((err != -EAGAIN && err != -ESHUTDOWN) || !timeout_ms)
 			return err;
 		left = kucomms_poll_time(end);

@@ -482,10 +482,16 @@ static int __init buffers_init(void)
 {
 	static const struct kucomms_endpoint_options in_place = {
 		.size = sizeof(in_place),
-		.flags = KUCOMMS_RX_IN_PLACE | KUCOMMS_THREAD_PER_CHANNEL,
+		.flags = KUCOMMS_RX_IN_PLACE | KUCOMMS_THREAD_PER_CHANNEL | KUCOMMS_POOLS,
+		.max_pool_bytes = U64_MAX,
+	};
+	static const struct kucomms_endpoint_options shared = {
+		.size = sizeof(shared),
+		.flags = KUCOMMS_POOLS,
+		.max_pool_bytes = U64_MAX,
 	};
 
-	buffers_endpoint = kucomms_register("kucomms_buffers", &buffers_ops, NULL, NULL);
+	buffers_endpoint = kucomms_register("kucomms_buffers", &buffers_ops, &shared, NULL);
 	if (IS_ERR(buffers_endpoint))
 		return PTR_ERR(buffers_endpoint);
 	buffers_in_place = kucomms_register("kucomms_buffers_in_place", &buffers_ops, &in_place,

@@ -376,7 +376,12 @@ static struct kucomms_endpoint *extents_endpoint;
 
 static int __init extents_init(void)
 {
-	extents_endpoint = kucomms_register("kucomms_extents", &extents_ops, NULL, NULL);
+	static const struct kucomms_endpoint_options options = {
+		.size = sizeof(options),
+		.flags = KUCOMMS_POOLS,
+	};
+
+	extents_endpoint = kucomms_register("kucomms_extents", &extents_ops, &options, NULL);
 	return PTR_ERR_OR_ZERO(extents_endpoint);
 }
 

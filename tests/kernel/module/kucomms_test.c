@@ -1196,7 +1196,7 @@ static void test_register(struct kucomms_channel *channel, const struct kucomms_
 	ops.message = NULL;
 	answer[count++] = test_try("kucomms_other", &ops, NULL);
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &larger.known);
-	options.flags = 0x10;
+	options.flags = 0x20;
 	answer[count++] = test_try("kucomms_other", &test_quiet_ops, &options);
 	options.flags = 0;
 	options.numbered = KUCOMMS_NUMBERED_MAX + 1;
@@ -1232,6 +1232,8 @@ static int test_add(struct test_endpoint *test)
 	const struct kucomms_endpoint_ops *ops = test->quiet ? &test_quiet_ops : &test_ops;
 
 	test->options.size = sizeof(test->options);
+	test->options.flags |= KUCOMMS_POOLS;
+	test->options.max_pool_bytes = U64_MAX;
 	test->endpoint = kucomms_register(test->name, ops, &test->options, test);
 	return PTR_ERR_OR_ZERO(test->endpoint);
 }

@@ -40,7 +40,9 @@ void _start(void)
 	EXPECT(setup.version == 1);
 	EXPECT(call(54, fd, KUCOMMS_IOC_SETUP + 1, (long)&setup, 0, 0, 0) == -25);
 	setup.ring_size = PAGE;
+	setup.features = KUCOMMS_FEATURE_POOLS;
 	EXPECT(call(54, fd, KUCOMMS_IOC_SETUP, (long)&setup, 0, 0, 0) == 0);
+	EXPECT(setup.features == 0);	/* no pools for 32 bits */
 	EXPECT(setup.ring_size == PAGE && setup.page_size == PAGE);
 	EXPECT(setup.side_size == 4 * PAGE && setup.side_offset[1] == 4 * PAGE);
 	kernel = (unsigned char *)call(192, 0, 4 * PAGE, 1, 1, fd, 0);

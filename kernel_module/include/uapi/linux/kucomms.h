@@ -29,7 +29,10 @@
  * TURNS: one side may send, and passes the turn with its message. Side 1, which
  * connects, begins. A side that sends out of turn breaks the rules.
  *
- * POOLS: messages can hand over buffers.
+ * POOLS: messages can hand over buffers. A kernel endpoint has to allow it, and a
+ * program of 32 bits never has it: the offsets of its mmap() end at 2^44, which not
+ * all pools are below. (Its stores of 64 bits may come in two halves; the other
+ * side can take such a position for nonsense, and shut its channel.)
  */
 #define KUCOMMS_FEATURE_TURNS	0x1ULL
 #define KUCOMMS_FEATURE_POOLS	0x2ULL
@@ -187,10 +190,11 @@ struct kucomms_geometry {
  * An endpoint can number its channels: then each is one of so many, and no two
  * files have the same at a time.
  *
- * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered, and
- * POLLPRI when it may be worth another try: a channel was announced or became
- * free, or an endpoint came or went, since the last set-up of this file failed
- * with ECHRNG, EADDRINUSE or EBUSY (not by what the endpoint's callback said).
+ * poll(): before the set-up, POLLIN | POLLOUT when an endpoint is registered,
+ * and POLLPRI when it may be worth another try: a channel was announced or
+ * became free, or an endpoint came or went, since the last set-up of this file
+ * failed with ECHRNG, EADDRINUSE, EBUSY, EDQUOT or EAGAIN (not by what the
+ * endpoint's callback said); or, after EINPROGRESS, the endpoint has answered.
  * After it, what follows; an epoll that has watched for the former has to be
  * told anew (EPOLL_CTL_DEL, EPOLL_CTL_ADD).
  *
@@ -222,19 +226,33 @@ struct kucomms_geometry {
  * @channel: the number, or 0; in, without the flag: 0, for the lowest free one
  * @reserved: zero
  *
+ * EBADF	   the file is not open for both reading and writing
  * ENOTCONN	   no endpoint is registered (yet)
  * ESHUTDOWN	   it went away while its callback was waited for
  * ECHRNG	   there is no channel of this number (yet)
  * EADDRINUSE	   another file has the channel of this number
+ * EDQUOT	   this user has all channels that the endpoint gives one user
  * EBUSY	   no channel is free, or the endpoint has all that it takes
- * EALREADY	   this file has a channel
+ * EALREADY	   this file has a channel, or another thread is just making it one
  * EPROTONOSUPPORT unknown version or features, or one of the endpoint's that the
  *		   user does not know; then out: @features: what the module knows
  * EINVAL	   nonsense
- * ENOMEM, EAGAIN  no memory, no thread
+ * ENOMEM	   no memory, no thread, or too little memory would be left for
+ *		   others
+ * EAGAIN	   with O_NONBLOCK: a channel that it could be is just being closed;
+ *		   poll() tells when it is worth another try
+ * EINPROGRESS	   with O_NONBLOCK: the endpoint has not answered yet. The set-up
+ *		   goes on. poll() tells when there is an answer, and the next
+ *		   KUCOMMS_IOC_SETUP of this file takes it, whatever else that one
+ *		   asks for. Closing the file gives the channel up
+ * EINTR	   a signal came; the channel is given up, and the next call begins
+ *		   anew, as it does by itself after a handler with SA_RESTART
  *
- * or what the endpoint says, whose callback is waited for, also with O_NONBLOCK.
- * So is the end of a channel that is just being closed, by who would get it.
+ * or what the endpoint says. Without O_NONBLOCK, both its answer and the end of a
+ * channel that is just being closed are waited for.
+ *
+ * The process that has opened the file stands for the channel, also when another
+ * sets it up: its effective user is counted, and the endpoint is told of both.
  */
 struct kucomms_setup {
 	__u32 version;
@@ -258,7 +276,9 @@ struct kucomms_setup {
  * @events: in: KUCOMMS_WAIT_*, not zero; out: those that have come, none when
  *	    another thread has parked again meanwhile
  * @reserved: zero
- * @timeout_ns: -1 for ever
+ * @timeout_ns: in: -1 for ever; out: what was left, also with EINTR, so that the
+ *		same call again waits for the rest. It does so by itself after a
+ *		handler with SA_RESTART, or when the machine was suspended
  *
  * To be called after parking for what is waited for. ETIMEDOUT; EAGAIN with
  * O_NONBLOCK, when nothing has come; ESHUTDOWN the kernel's end is closed,
@@ -285,15 +305,24 @@ struct kucomms_wait {
  * @reserved: zero
  *
  * A pool that the user allocates in. Its pages are ordinary ones, which can be
- * pinned, and are charged to the caller's cgroup. Closed: what the kernel holds of
- * it stays until it is let go, and so do mappings; all that was sent before is
- * still received. Until nothing is left of it, it counts as one of
- * KUCOMMS_POOLS_MAX.
+ * pinned. They are charged to the caller's memory cgroup, and until they are
+ * freed to what its user may lock, RLIMIT_MEMLOCK, unless it has CAP_IPC_LOCK.
+ * Closed: what the kernel holds of it stays until it is let go, and so do
+ * mappings; all that was sent before is still received. Until nothing is left of
+ * it, it counts as one of KUCOMMS_POOLS_MAX, and its bytes among those that the
+ * endpoint allows.
  *
- * ENOTCONN before the set-up; EOPNOTSUPP the feature is not in force; EINVAL, also
- * for more than KUCOMMS_POOL_MAX or KUCOMMS_POOL_CONTIGUOUS_MAX; ENOMEM; EMFILE too
- * many pools; ENOENT no such pool of the user's; ESHUTDOWN, EPROTO as
- * KUCOMMS_IOC_WAIT.
+ * EBADF	the file is not open for both reading and writing
+ * ENOTCONN	before the set-up
+ * EOPNOTSUPP	the feature is not in force
+ * EINVAL	nonsense, or more than KUCOMMS_POOL_MAX or
+ *		KUCOMMS_POOL_CONTIGUOUS_MAX
+ * EMFILE	too many pools
+ * EDQUOT	more bytes than the endpoint allows the pools of a channel
+ * EPERM	more than RLIMIT_MEMLOCK
+ * ENOMEM	no memory, or too little would be left for others
+ * ENOENT	no such pool of the user's
+ * ESHUTDOWN, EPROTO	as KUCOMMS_IOC_WAIT
  *
  * mmap() of a pool: MAP_SHARED, not for execution; all of it or some, any number
  * of times. ENOENT there is no such pool (any more).
