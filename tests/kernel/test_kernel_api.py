@@ -314,10 +314,11 @@ async def test_all_long_messages_come_before_the_end():
     for turn in range(10):
         link = await connect(ring_size=1 << 20)
         await link.send(numbers(100_000, 1 << 16), type=Do.STORM)
-        received = 0
+        received, closing = 0, False
         async with asyncio.timeout(PATIENCE):
             while True:
-                if received == 20 + turn:
+                if received == 20 + turn and not closing:
+                    closing = True
                     await link.send(numbers(0), type=Do.CLOSE)
                 try:
                     message = await link.receive()
