@@ -749,11 +749,10 @@ static bool serve_all(struct kucomms_runner *runner)
 		channel = next_of(runner, &round);
 		if (!channel)
 			break;
-		if (list_empty(&channel->attached)) {
+		if (list_empty(&channel->attached))
 			open_channel(runner, channel);
-		} else if (serve(runner, channel)) {
+		else if (serve(runner, channel))
 			look_again(runner, channel);
-		}
 		run_ticks(runner);
 		cond_resched();
 	}

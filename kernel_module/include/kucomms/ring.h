@@ -299,17 +299,18 @@ kucomms_ring_frame_at(const struct kucomms_ring_producer *p, __u64 position)
  */
 static inline void kucomms_ring_forget_committed(struct kucomms_ring_producer *p)
 {
+	const struct kucomms_frame *frame;
 	unsigned int i, kept = 0;
+	__u64 control;
 
 	for (i = 0; i < p->held_count; i++) {
+		frame = kucomms_ring_frame_at(p, p->held[i]);
 		/*
 		 * pairs with smp_store_release() in kucomms_ring_finish(): what
 		 * was written there comes before what is written there next
 		 * model: held.pml WITHOUT_FORGET_ACQUIRE
 		 */
-		__u64 control = smp_load_acquire(
-			&kucomms_ring_frame_at(p, p->held[i])->control);
-
+		control = smp_load_acquire(&frame->control);
 		if (control & (__u64)KUCOMMS_FLAG_BUSY << 32)
 			p->held[kept++] = p->held[i];
 	}
