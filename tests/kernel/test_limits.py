@@ -538,7 +538,7 @@ def test_a_program_ends_while_a_callback_blocks(limits):
 
 def in_ioctl(pid):
     path = Path(f"/proc/{pid}")
-    return (path / "stat").read_text().rpartition(")")[2].split()[0] == "S" and (
+    return (path / "stat").read_text().rpartition(")")[2].split()[0] in "SD" and (
         path / "syscall"
     ).read_text().startswith("16 ")
 
