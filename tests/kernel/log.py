@@ -86,13 +86,33 @@ _NO_STACK = re.compile(r"\bkthreadd: vmalloc error: ")
 _FROM_WHERE = 4  # lines until the trace
 
 
+# A memory cgroup at its limit kills one of its own, and says from where it was called.
+_KILLS = re.compile(r"\binvoked oom-killer:")
+_KILLED_IN_CGROUP = re.compile(r"\bMemory cgroup out of memory: Killed process")
+
+
+def _cgroup_kills(lines: list[str]) -> set[int]:
+    """The lines of such reports; not of those where the whole machine has no memory."""
+    found: set[int] = set()
+    begin = None
+    for n, line in enumerate(lines):
+        if _KILLS.search(line):
+            begin = n
+        elif begin is not None and _KILLED_IN_CGROUP.search(line):
+            found.update(m for m in range(begin, n) if "Call Trace:" in lines[m])
+            begin = None
+    return found
+
+
 def findings(lines: list[str]) -> list[str]:
     """Return the lines that report a fault, in order.
 
-    But not ``races_elsewhere``, nor that there is no stack for a new thread. A report that is
+    But not ``races_elsewhere``, nor that there is no stack for a new thread, nor that a memory
+    cgroup has killed one of its own. A report that is
     cut short, so that nobody knows, is ours.
     """
     elsewhere = {n for n, ours, whole in _races(lines) if whole and not ours}
+    elsewhere |= _cgroup_kills(lines)
     for n, line in enumerate(lines):
         if "Call Trace:" in line and any(map(_NO_STACK.search, lines[max(0, n - _FROM_WHERE) : n])):
             elsewhere.add(n)

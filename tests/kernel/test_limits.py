@@ -538,7 +538,7 @@ def test_a_program_ends_while_a_callback_blocks(limits):
 
 def in_ioctl(pid):
     path = Path(f"/proc/{pid}")
-    return (path / "stat").read_text().rpartition(")")[2].split()[0] == "S" and (
+    return (path / "stat").read_text().rpartition(")")[2].split()[0] in "SD" and (
         path / "syscall"
     ).read_text().startswith("16 ")
 
@@ -671,7 +671,7 @@ def test_the_machine_can_be_suspended(limits, what):
 
 
 def test_the_opener_counts(limits):
-    """Neither who sets the file up, nor who has it now."""
+    """And not the process that sets the file up, nor the one that has it now."""
     limits.load(max_user_channels=1)
 
     def opens(talk):
@@ -710,7 +710,7 @@ def test_minors_are_not_given_again_at_once():
 # ---- a program that takes all it can get -----------------------------------------
 
 
-KILLED = re.compile(r"Out of memory|oom-kill:.*global_oom")
+KILLED = re.compile(r"\bOut of memory|oom-kill:.*global_oom")
 BYSTANDER = 200 * MEGABYTE
 
 
@@ -835,7 +835,7 @@ def test_root_with_the_defaults(hogged):
 
 def test_a_user_without_a_cgroup(hogged):
     pools = "p", "/dev/kucomms_limits"
-    found, lives, room = hogged(USER, None, *pools, *ALL, **FREE)
+    found, lives, room = hogged(USER, None, *pools, *ALL[:2], *ALL[4:], **FREE)
     assert lives
     assert found["p"][1] == errno.EPERM
     assert found["r"][1] == found["t"][1] == errno.ENOMEM

@@ -127,6 +127,15 @@ def test_no_stack_for_a_new_thread():
     assert findings(["python: vmalloc error: size 1", "Call Trace:"]) == ["Call Trace:"]
 
 
+def test_a_kill_in_a_memory_cgroup_is_no_finding():
+    began = "hog invoked oom-killer: gfp_mask=0xcc0"
+    group = "Memory cgroup out of memory: Killed process 5 (hog)"
+    assert findings([began, "Call Trace:", "Tasks state", group]) == []
+    assert findings([began, "Call Trace:", group, "Call Trace:"]) == ["Call Trace:"]
+    whole = "Out of memory: Killed process 6 (bystander)"
+    assert findings([began, "Call Trace:", whole]) == ["Call Trace:"]
+
+
 def test_findings_keep_their_order_and_number():
     assert findings(["Oops: 1", "fine", "WARNING: 2", "Oops: 1"]) == [
         "Oops: 1", "WARNING: 2", "Oops: 1",
