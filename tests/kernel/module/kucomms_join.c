@@ -106,6 +106,16 @@ static void join_writable(struct kucomms_channel *channel)
 		kucomms_resume(self->other->channel);
 }
 
+/* Once more in vain, and nothing has come in between: then it is stuck. */
+static bool join_work(struct kucomms_channel *channel)
+{
+	struct join_channel *self = kucomms_channel_priv(channel);
+
+	if (self->waits && !self->stuck)
+		kucomms_resume(channel);
+	return false;
+}
+
 static int join_open(struct kucomms_channel *channel, const struct kucomms_peer *peer)
 {
 	struct join_endpoint *endpoint = kucomms_priv(kucomms_channel_endpoint(channel));
@@ -154,6 +164,7 @@ static void join_close(struct kucomms_channel *channel)
 static const struct kucomms_endpoint_ops join_ops = {
 	.size = sizeof(join_ops),
 	.message = join_message,
+	.work = join_work,
 	.writable = join_writable,
 	.open = join_open,
 	.close = join_close,
