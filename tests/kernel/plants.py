@@ -268,8 +268,8 @@ PLANTS = (
     Plant(
         "chunks-not-looked-at",
         "extents.c",
-        "find_next_bit(used->chunks, chunks, first / KUCOMMS_CHUNK) <\n\t       chunks || ",
-        "",
+        "first / KUCOMMS_CHUNK) <\n\t       chunks",
+        "first / KUCOMMS_CHUNK) >\n\t       chunks",
         "test_pool.py -k of_a_long_buffer",
         r"FAILED .*test_a_page_of_a_long_buffer_is_handed_over_again",
     ),

@@ -70,15 +70,21 @@ def device():
         yield device
 
 
+def wait_until(condition):
+    """Emulated, a pool of a million pages takes a minute to fill."""
+    give_up = time.monotonic() + 10 * PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up
+        os.sched_yield()
+
+
 def longest(device, size, pattern, batches=20):
     """Microseconds of an allocation, of one that fails, and of a free."""
     device.ask(Do.TIME, size // PAGE, pattern, batches)
+    wait_until(lambda: device.available != device.consumed)
     times = [number / 1000 for number in device.message()[0].numbers]
     # So that there is memory for the next pool.
-    give_up = time.monotonic() + PATIENCE
-    while counters()["pages"] > 2 * device.side_size // PAGE:
-        assert time.monotonic() < give_up
-        os.sched_yield()
+    wait_until(lambda: counters()["pages"] <= 2 * device.side_size // PAGE)
     return times
 
 
