@@ -1055,5 +1055,5 @@ async def test_a_link_that_cannot_hand_over_says_so(monkeypatch):
     async with linked("inproc") as (link, _other):
         link._connection.carries_buffers = False
         async with await link.open_pool(PAGE) as pool:
-            with pool.allocate(1) as buffer, pytest.raises(UsageError, match="with KUCOMMS_POOLS, or shm://"):
+            with pool.allocate(1) as buffer, pytest.raises(UsageError, match="POOLS, or shm://"):
                 await link.send(b"", buffers=buffer)
