@@ -525,7 +525,8 @@ static int wait_for(struct kucomms_channel *channel, struct kucomms_wait *wait)
 		return sleep_until_rung(channel, wait->events, NULL);
 	end = ktime_add_safe(ktime_get(), ns_to_ktime(wait->timeout_ns));
 	err = sleep_until_rung(channel, wait->events, &end);
-	wait->timeout_ns = max_t(s64, ktime_sub(end, ktime_get()), 0);
+	if (err == -ERESTARTSYS)
+		wait->timeout_ns = max_t(s64, ktime_sub(end, ktime_get()), 0);
 	return err;
 }
 
