@@ -276,8 +276,8 @@ struct kucomms_setup {
  * @events: in: KUCOMMS_WAIT_*, not zero; out: those that have come, none when
  *	    another thread has parked again meanwhile
  * @reserved: zero
- * @timeout_ns: in: -1 for ever; out: what was left, also with EINTR, so that the
- *		same call again waits for the rest. It does so by itself after a
+ * @timeout_ns: in: -1 for ever; out: with EINTR what is left, so that the same
+ *		call again waits for the rest. It does so by itself after a
  *		handler with SA_RESTART, or when the machine was suspended
  *
  * To be called after parking for what is waited for. ETIMEDOUT; EAGAIN with
