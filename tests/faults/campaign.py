@@ -85,11 +85,21 @@ def faults_of(row, calls, instructions, most, rng):
             yield Fault(row, name, point)
 
 
-def _attempts(planned):
-    """How often a step waits depends on the survivor: it may be shorter than when surveyed."""
-    for attempt in range(3):
-        at_call = isinstance(planned.point, Call)
-        yield planned if at_call else replace(planned, point=max(1, planned.point >> attempt))
+def _attempts(planned, calls):
+    """How often a step waits depends on the survivor: it may be shorter than when surveyed.
+
+    So a point that is not reached is looked for nearer to the beginning, down to the first.
+    """
+    if planned.kind in ERRNOS:
+        yield from [planned] * 3
+        return
+    at_call = isinstance(planned.point, Call)
+    place = calls.index(planned.point) if at_call else planned.point - 1
+    while True:
+        yield replace(planned, point=calls[place] if at_call else place + 1)
+        if not place:
+            return
+        place //= 2
 
 
 @dataclass
@@ -116,7 +126,7 @@ class Campaign:
                 progress(row, done, len(faults))
                 cell = (str(row), column(planned))
                 try:
-                    for fault in _attempts(planned):
+                    for fault in _attempts(planned, calls):
                         reached = await injector.inject(fault)
                         if reached:
                             break
