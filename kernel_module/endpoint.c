@@ -249,11 +249,11 @@ int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted,
 	if (wanted >= 0 && !xa_get_mark(&endpoint->numbers, wanted, FREE))
 		return number_ends(endpoint, wanted) ? -EINPROGRESS :
 						       -EADDRINUSE;
+	if ((u32)atomic_read(&endpoint->channels) >= options->max_channels)
+		return busy;
 	err = admits_user(endpoint, uid);
 	if (err)
 		return err;
-	if ((u32)atomic_read(&endpoint->channels) >= options->max_channels)
-		return busy;
 	if (wanted >= 0)
 		return wanted;
 	if (!(options->flags & KUCOMMS_NUMBERED))
