@@ -3,8 +3,8 @@
 
 But for those of modules that say otherwise with ``LOOPS``, since the loop is not what they test,
 and in guests, for want of time: there it is asyncio on the older kernels, which also do without
-the tests of polling and half a minute of longtest, and uvloop on the newer ones. KUCOMMS_ALL=1
-overrules that, as ``make test-kernel`` does.
+the tests of free pages, polling and half a minute of longtest, and uvloop on the newer ones.
+KUCOMMS_ALL=1 overrules that, as ``make test-kernel`` does.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ collect_ignore = [] if IN_GUEST else ["kernel"]
 SHORT = IN_GUEST and not os.environ.get("KUCOMMS_ALL")
 OLDER = os.environ.get("KUCOMMS_KERNEL", "").startswith("6.1.")
 if SHORT and OLDER:
-    collect_ignore += ["kernel/test_polling.py", "kernel/test_session.py"]
+    collect_ignore += [f"kernel/test_{name}.py" for name in ("extents", "polling", "session")]
 # In the sanitized kernel; tests/kernel/test_guest.py sees to it that it is not left out there.
 if not os.path.exists("/sys/kernel/debug/failslab"):  # as who is not root may ask
     collect_ignore.append("kernel/test_fault_injection.py")

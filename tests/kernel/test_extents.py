@@ -21,7 +21,7 @@ SYSFS = Path("/sys/devices/virtual/kucomms/kucomms")
 SEED = int(os.environ.get("KUCOMMS_SEED") or random.getrandbits(32))
 SMALL, LARGE = 64 << 20, 1 << 30
 FACTOR = 4
-"""A pool that is 16 times as large may take so many times as long: a tree has four levels more."""
+"""A pool 16 times as large may take this many times as long: a tree has four levels more."""
 LIMIT = 50.0
 """Microseconds with interrupts off, on a processor that is not emulated."""
 
