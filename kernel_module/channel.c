@@ -31,8 +31,8 @@ void kucomms_pages_free(struct page **pages, unsigned long count)
 }
 
 /**
- * kucomms_has_room - can a program have so many pages?
- * @count: how many
+ * kucomms_has_room - can a program have this number of pages?
+ * @count: the number of pages
  *
  * For all that is allocated for a program. One sixteenth of the machine's memory
  * stays available to the others; so the kernel has to kill nobody for these pages,
@@ -957,7 +957,7 @@ EXPORT_SYMBOL_GPL(kucomms_reply);
  * is fixed. The user sees nothing that comes after it before that. With turns it
  * takes the turn, and kucomms_discard() gives it back.
  *
- * Until it is committed or discarded, its bytes are nobody else's, whatever the
+ * Until it is committed or discarded, nobody else gets its bytes, whatever the
  * user says of what it has read.
  *
  * Any context but NMI. Return: the message, or an error pointer: as

@@ -137,7 +137,7 @@ static void answer_setup(struct kucomms_setup *setup,
  * @features: in force
  * @pool_bytes: that all pools of the user may have
  * @flags: its options
- * @uid: of the user who asks
+ * @uid: of the user that sets the channel up
  * @wanted: the number that is asked for, or -1
  * @news: the device's, before it was asked
  */
@@ -168,8 +168,8 @@ static u64 features_for(const struct kucomms_endpoint_options *options,
 }
 
 /*
- * The terms of the endpoint for who asks for this. Return: 0, -ENOTCONN,
- * -EPROTONOSUPPORT when he does not know a feature that it needs, or as
+ * The terms of the endpoint for a set-up that wants this. Return: 0, -ENOTCONN,
+ * -EPROTONOSUPPORT when the user does not know a feature that it needs, or as
  * kucomms_endpoint_admits(): before anything is allocated in vain.
  */
 static int ask_for_terms(struct kucomms_device *device,

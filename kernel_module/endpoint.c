@@ -226,7 +226,7 @@ static void uncount_user(struct kucomms_endpoint *endpoint,
  * kucomms_endpoint_admits - which number would a new channel get?
  * @endpoint: whose; kucomms_lock is held
  * @wanted: the number that is asked for, or -1
- * @uid: of the user who asks
+ * @uid: of the user that sets the channel up
  *
  * Return: the number, -ENOENT for a channel without one; -ECHRNG, -EADDRINUSE,
  * -EDQUOT, -EBUSY; -EINPROGRESS instead of these three when a channel is just
@@ -265,7 +265,7 @@ int kucomms_endpoint_admits(struct kucomms_endpoint *endpoint, s64 wanted,
 }
 
 /**
- * kucomms_announce - from now on there are so many numbered channels
+ * kucomms_announce - raise the number of numbered channels
  * @endpoint: an endpoint that numbers its channels
  * @count: how many, at least as many as there were
  *
@@ -522,7 +522,7 @@ int kucomms_endpoint_attach(struct kucomms_endpoint *endpoint,
 }
 
 /*
- * The opposite: its number is free again, and who waits for one is told.
+ * The opposite: its number is free again, and set-ups that wait for one are told.
  * @ending: it was counted as such
  */
 void kucomms_endpoint_detach(struct kucomms_channel *channel, bool ending)

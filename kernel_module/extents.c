@@ -65,7 +65,7 @@ static unsigned long remove_extent(struct kucomms_extents *extents,
 	return count;
 }
 
-/* The smallest one of at least so many pages, or NULL. */
+/* The smallest extent of at least @count pages, or NULL. */
 static struct kucomms_extent *
 find_extent(const struct kucomms_extents *extents, unsigned long count)
 {
@@ -96,8 +96,8 @@ void kucomms_init_extents(struct kucomms_extents *extents,
 }
 
 /*
- * The first of so many pages in a row, which are used from now on; page_count when
- * there are none.
+ * Take @count pages in a row. Return: the first of them, page_count when there are
+ * none.
  */
 unsigned long kucomms_take_extent(struct kucomms_extents *extents,
 				  unsigned long count)

@@ -312,7 +312,7 @@ enum {
  * @tx: the ring to the user
  * @tx_open: whether anything can be sent
  * @turn: whose it is; written by senders, and by the runner without the lock
- * @short_of: a send of so many bytes has met a full ring; 0 for none
+ * @short_of: the bytes of a send that has met a full ring; 0 for none
  * @loans_out: which of @loans are in use
  * @loans: messages that are written in place
  * @copying: long messages that are copied without the lock just now

@@ -208,13 +208,6 @@ static void pool_release(struct work_struct *work)
 	pool_free(container_of(work, struct kucomms_pool, release));
 }
 
-/* Have the runner look. Any context but NMI. */
-static void kick(struct kucomms_channel *channel)
-{
-	set_bit(KUCOMMS_KICK, &channel->state);
-	kucomms_channel_signal(channel);
-}
-
 /* Any context but NMI. */
 static void pool_put(struct kucomms_pool *pool)
 {
@@ -224,7 +217,7 @@ static void pool_put(struct kucomms_pool *pool)
 		return;
 	/* pairs with atomic_xchg() in kucomms_pools_sweep() */
 	atomic_set_release(&channel->pools->sweep, 1);
-	kick(channel);
+	kucomms_channel_alert(channel);
 }
 
 static int alloc_contiguous(struct page **pages, unsigned long count)
@@ -271,11 +264,15 @@ static struct kucomms_pool *pool_new(struct kucomms_channel *channel, u64 size,
 		goto err_free;
 	err = -ENOMEM;
 	pool->pages = kucomms_pages_list(count);
-	pool->used.bits = kvcalloc(BITS_TO_LONGS(count), sizeof(long),
-				   KUCOMMS_GFP_POOL);
 	pool->buffers = kvcalloc(count, sizeof(*pool->buffers), KUCOMMS_GFP_POOL);
-	if (!pool->pages || !pool->used.bits || !pool->buffers)
+	if (!pool->pages || !pool->buffers)
 		goto err_free;
+	if (side) {
+		pool->used.bits = kvcalloc(BITS_TO_LONGS(count), sizeof(long),
+					   KUCOMMS_GFP_POOL);
+		if (!pool->used.bits)
+			goto err_free;
+	}
 	if (flags & KUCOMMS_POOL_CONTIGUOUS)
 		err = alloc_contiguous(pool->pages, count);
 	else
@@ -606,7 +603,7 @@ long kucomms_ioctl_close_pool(struct kucomms_channel *channel,
 	if (!err) {
 		/* pairs with atomic_xchg() in kucomms_pools_sweep() */
 		atomic_set_release(&pools->sweep, 1);
-		kick(channel);
+		kucomms_channel_alert(channel);
 	}
 	return err;
 }
@@ -705,8 +702,8 @@ static bool turn_ours(struct kucomms_buffer *buffer, int to)
 }
 
 /*
- * One that nobody else turns is AWAY: nobody holds the pool for it any more. With
- * interrupts off this takes a time that is bounded, whatever its length: see
+ * Make a buffer AWAY that only the caller can turn: it holds the pool no longer.
+ * With interrupts off this takes a time that is bounded, whatever its length: see
  * extents.c.
  */
 static void drop(struct kucomms_buffer *buffer)
@@ -748,7 +745,7 @@ static void freed(struct kucomms_channel *channel, u64 allocated)
 		pools->freed |= allocated != callback;
 	} else if (atomic_read(&pools->is_short)) {
 		atomic_set(&pools->came_back, 1);
-		kick(channel);
+		kucomms_channel_alert(channel);
 	}
 }
 
@@ -775,7 +772,7 @@ void kucomms_free_buffer(struct kucomms_buffer *buffer)
 		drop(buffer);
 		freed(channel, allocated);
 	} else if (owe(buffer)) {
-		kick(channel);
+		kucomms_channel_alert(channel);
 	}
 }
 EXPORT_SYMBOL_GPL(kucomms_free_buffer);
@@ -808,7 +805,7 @@ EXPORT_SYMBOL_GPL(kucomms_buffer_length);
 static void tell(struct kucomms_pool *pool, struct kucomms_owed *news)
 {
 	if (llist_add(&news->node, &pool->channel->pools->news))
-		kick(pool->channel);
+		kucomms_channel_alert(pool->channel);
 }
 
 /**
@@ -862,7 +859,7 @@ void kucomms_close_pool(struct kucomms_pool *pool)
 }
 EXPORT_SYMBOL_GPL(kucomms_close_pool);
 
-/* The first page of so many that are free, now used; or page_count. */
+/* Take @count free pages in a row. Return: the first of them, or page_count. */
 static unsigned long use(struct kucomms_pool *pool, unsigned long count)
 {
 	unsigned long irq, page;
@@ -1056,7 +1053,7 @@ static int pay_news(struct kucomms_channel *channel)
 	return 0;
 }
 
-/* How many are to be given back next, if there is room for so many. */
+/* How many are to be given back next: as many as there is room for. */
 static u32 count_back(struct kucomms_channel *channel, u32 most)
 {
 	u64 fit = (channel->ring_size / 2 - KUCOMMS_HEADER_SIZE) /

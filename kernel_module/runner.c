@@ -543,8 +543,8 @@ static void tell_module(struct kucomms_runner *runner,
 }
 
 /*
- * A message stays for want of a buffer, and what the user gives back comes behind
- * it: take that. Return: -EAGAIN all seen, 0 not yet, -EPROTO.
+ * A message stays when the module has no buffer, and what the user gives back
+ * comes behind it: take that. Return: -EAGAIN all seen, 0 not yet, -EPROTO.
  */
 static int look_ahead(struct kucomms_channel *channel)
 {
@@ -945,7 +945,7 @@ static void reap_runner(struct work_struct *work)
 	mutex_lock(&kucomms_lock);
 	list_del(&runner->list);
 	kucomms_runner_free(runner);
-	/* Under the lock: who waits for this frees the endpoint next. */
+	/* Under the lock: the thread that waits for this frees the endpoint next. */
 	wake_up_all(&endpoint->wait);
 	mutex_unlock(&kucomms_lock);
 }

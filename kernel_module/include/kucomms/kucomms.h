@@ -125,7 +125,7 @@ struct kucomms_endpoint_ops {
  * @flags: KUCOMMS_THREAD_PER_CHANNEL, KUCOMMS_RX_IN_PLACE, KUCOMMS_NUMBERED,
  *	   KUCOMMS_TURNS, KUCOMMS_POOLS
  * @max_channels: 0 for 1024, UINT_MAX for no limit. With
- *		  KUCOMMS_THREAD_PER_CHANNEL so many threads, too
+ *		  KUCOMMS_THREAD_PER_CHANNEL it bounds the threads, too
  * @max_user_channels: of these, what one user can have, by effective user id,
  *		       root as well; 0 for 256, or @max_channels if that is less.
  *		       A channel counts until its close callback has returned

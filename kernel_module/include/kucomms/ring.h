@@ -100,11 +100,11 @@ KUCOMMS_STATIC_ASSERT(geometry_size, sizeof(struct kucomms_geometry) == 128);
 #define KUCOMMS_PLAIN	((__u64)(KUCOMMS_FLAG_BUSY | KUCOMMS_FLAG_DISCARD | \
 				 KUCOMMS_FLAG_REPLY) << 32 | 0xffffffffU)
 
-/* One look passes so many frames at most that are no messages, then says so. */
+/* One look passes at most this number of frames that are no messages, then says so. */
 #define KUCOMMS_SKIP_MOST	256
 #define KUCOMMS_SKIPPED		1
 
-/* A producer can hold so many frames at most that are not committed. */
+/* A producer can hold at most this number of frames that are not committed. */
 #define KUCOMMS_HELD_MOST	128
 
 /**
@@ -196,7 +196,8 @@ struct kucomms_ring_consumer {
  * @length: of the data
  * @flags: KUCOMMS_FLAG_*
  * @kind: KUCOMMS_KIND_*
- * @buffers: how many are handed over: so many struct kucomms_carried begin the data
+ * @buffers: how many are handed over: the data begin with a struct kucomms_carried
+ *	     for each
  * @type: the user's
  * @id: the user's
  * @user_value: the user's
