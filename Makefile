@@ -10,7 +10,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 RUNS ?= 20
 CHECKERS ?= kasan kcsan rt
 
-.PHONY: help setup demo bench bench-pool bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel extents matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
+.PHONY: help setup demo bench bench-pool bench-revisions bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel extents matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -26,6 +26,8 @@ help:
 	@echo "make bench-kernel"
 	@echo "                 kernel and user by kucomms, netlink, BPF rings and others, in a guest"
 	@echo "make bench-pool  pools beside threads, and asyncio's: writes docs/bench-pool.md"
+	@echo "make bench-revisions REVISION=..."
+	@echo "                 what a message costs there and in this tree: writes docs/bench-revisions.md"
 	@echo "make extents     how long the module looks for free pages in pools of up to 4 GiB, in a guest"
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make soak        all transports at once for ten minutes, with kills; ARGS='--minutes 60'"
@@ -66,6 +68,11 @@ bench-user: $(BENCH_STAMP)
 bench-pool: setup
 	$(BIN)/python -m bench.pool $(ARGS) docs/bench-pool.md
 
+bench-revisions: setup
+	@sh tools/install-bench-packages.sh
+	@sh tools/install-kernel-packages.sh
+	$(BIN)/python -m bench.revisions $(ARGS) $(REVISION) docs/bench-revisions.md
+
 demo: setup
 	$(BIN)/python examples/demo.py
 
@@ -92,7 +99,7 @@ test-kernel-sanitized: setup
 kernel-plants: setup
 	@sh tools/install-kernel-packages.sh
 	set -e; for checker in $(CHECKERS); do sh tools/kernel-sanitized.sh $$checker --build-only; done
-	$(BIN)/python -m tests.kernel.plants $(ARGS)
+	$(BIN)/python -m tests.kernel.plants --jobs "$$(nproc)" $(ARGS)
 
 bench-kernel: setup
 	@sh tools/install-kernel-packages.sh

@@ -83,7 +83,8 @@ if [ "$(cat $CONFIG)" != "$(cat "$TREE/built" 2>/dev/null)" ]; then
 	} >"$log" 2>&1 || { tail -n 30 "$log" >&2; exit 1; }
 	# Options that lost a dependency disappear in silence, and the checks with them.
 	for wanted in $WANTED UBSAN UBSAN_SHIFT HARDENED_USERCOPY DEBUG_LIST \
-		IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD DM_DELAY BLK_DEV_RAM; do
+		IA32_EMULATION MEMCG OVERLAY_FS MODULE_UNLOAD DM_DELAY BLK_DEV_RAM KPROBES \
+		PM_SLEEP_DEBUG; do
 		grep -q "^CONFIG_$wanted=y" "$TREE/.config" ||
 			{ echo "CONFIG_$wanted is off in $TREE/.config" >&2; exit 1; }
 	done

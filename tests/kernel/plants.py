@@ -2,7 +2,7 @@
 """Bugs to plant in a copy of the kernel module: a test or a checker has to find each of them.
 
 \b
-    python -m tests.kernel.plants               # all, some minutes each
+    python -m tests.kernel.plants --jobs 2      # all, some minutes each
     python -m tests.kernel.plants --only leak
     python -m tests.kernel.plants --list
 
@@ -10,11 +10,13 @@ Exit code 0: all found; 1: one was not, or the guest failed for another reason.
 """
 
 import json
+import queue
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[2]
-COPY = ROOT / "build/planted"
+COPIES = ROOT / "build/planted"
 console = Console(stderr=True)
 
 
@@ -276,25 +278,24 @@ PLANTS = (
 )
 
 
-def copy() -> None:
+def copy(tree: Path) -> None:
     """Make a tree of what is tracked and of what was built for Python."""
-    shutil.rmtree(COPY, ignore_errors=True)
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
     )
     built = [str(path.relative_to(ROOT)) for path in ROOT.glob("kucomms/_core/*.so")]
     for name in [*filter(None, listed.stdout.split("\0")), *built]:
-        target = COPY / name
+        target = tree / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target, follow_symlinks=False)
-    (COPY / ".venv").symlink_to(sys.prefix)
-    (COPY / "build").mkdir()
-    (COPY / "build/sanitized").symlink_to(ROOT / "build/sanitized")
+    (tree / ".venv").symlink_to(sys.prefix)
+    (tree / "build").mkdir()
+    (tree / "build/sanitized").symlink_to(ROOT / "build/sanitized")
 
 
-def find(plant: Plant) -> tuple[bool, str]:
-    """Run the tests with the bug; whether it was found, and what was printed."""
-    file = COPY / "kernel_module" / plant.file
+def find(plant: Plant, tree: Path) -> tuple[bool, str]:
+    """Run the tests with the bug in this tree; whether it was found, and what was printed."""
+    file = tree / "kernel_module" / plant.file
     text = file.read_text()
     if text.count(plant.old) != 1:
         raise click.ClickException(f"{plant.name}: not once in {plant.file}: {plant.old}")
@@ -313,7 +314,7 @@ def find(plant: Plant) -> tuple[bool, str]:
     try:
         done = subprocess.run(
             command,
-            cwd=COPY,
+            cwd=tree,
             check=False,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -324,6 +325,38 @@ def find(plant: Plant) -> tuple[bool, str]:
         file.write_text(text)
     found = done.returncode == 1 and re.search(plant.told, done.stdout) is not None
     return found, done.stdout
+
+
+def find_all(plants: list[Plant], jobs: int) -> dict[str, bool]:
+    """Look for all of them, some at a time, each in a tree that no other uses; {name: found}."""
+    shutil.rmtree(COPIES, ignore_errors=True)
+    trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    for number in range(jobs):
+        copy(COPIES / str(number))
+        trees.put(COPIES / str(number))
+
+    def look(plant: Plant) -> tuple[bool, str]:
+        tree = trees.get()
+        try:
+            return find(plant, tree)
+        finally:
+            trees.put(tree)
+
+    result = {}
+    with ThreadPoolExecutor(jobs) as executor, console.status("planting") as status:
+        looking = {executor.submit(look, plant): plant for plant in plants}
+        for done in as_completed(looking):
+            plant = looking[done]
+            try:
+                result[plant.name], output = done.result()
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+            status.update(f"{len(result)} of {len(plants)}")
+            console.print(f"{plant.name}: {'found' if result[plant.name] else 'NOT FOUND'}")
+            if not result[plant.name]:
+                console.print(output, markup=False, highlight=False)
+    return result
 
 
 def names(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> list[Plant]:
@@ -338,22 +371,15 @@ def names(_context: click.Context, _option: click.Parameter, given: tuple[str, .
 @click.command(help=__doc__)
 @click.option("--only", "plants", multiple=True, callback=names, help="These alone.")
 @click.option("--list", "only_list", is_flag=True, help="Say which there are, and end.")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Guests at a time.  [default: 1]")
 @click.option("--json", "as_json", is_flag=True, help="The result on stdout.")
-def main(plants: list[Plant], only_list: bool, as_json: bool) -> None:
+def main(plants: list[Plant], only_list: bool, jobs: int, as_json: bool) -> None:
+    found = {} if only_list else find_all(plants, jobs)
     table = Table("planted in", "bug", "kernel", "found by", "")
     results = []
-    if not only_list:
-        copy()
     for plant in plants:
-        found = None
-        if not only_list:
-            with console.status(f"{plant.name}: {plant.tests}"):
-                found, output = find(plant)
-            console.print(f"{plant.name}: {'found' if found else 'NOT FOUND'}")
-            if not found:
-                console.print(output, markup=False, highlight=False)
-        results.append({**asdict(plant), "found": found})
-        mark = {True: "found", False: "NOT FOUND", None: ""}[found]
+        results.append({**asdict(plant), "found": found.get(plant.name)})
+        mark = {True: "found", False: "NOT FOUND", None: ""}[found.get(plant.name)]
         table.add_row(plant.file, plant.name, plant.kernel, plant.tests, mark)
     if as_json:
         click.echo(json.dumps(results))

@@ -642,10 +642,11 @@ static void test_commit_begun(struct kucomms_channel *channel,
 
 /* ---- a probe of what runs under the channel's lock ----------------------- */
 
-static struct kucomms_channel *test_probed_channel;
 static atomic_t test_probe_sent, test_probe_busy, test_probe_failed;
 
 #ifdef CONFIG_KPROBES
+static struct kucomms_channel *test_probed_channel;
+
 static int test_probed(struct kprobe *probe, struct pt_regs *registers)
 {
 	struct kucomms_message message = { .type = TEST_PROBED };
