@@ -8,6 +8,7 @@ STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 
 RUNS ?= 20
+AFTER ?= HEAD
 CHECKERS ?= kasan kcsan rt
 
 .PHONY: help setup demo bench bench-pool bench-revisions bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel extents matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
@@ -26,8 +27,8 @@ help:
 	@echo "make bench-kernel"
 	@echo "                 kernel and user by kucomms, netlink, BPF rings and others, in a guest"
 	@echo "make bench-pool  pools beside threads, and asyncio's: writes docs/bench-pool.md"
-	@echo "make bench-revisions REVISION=..."
-	@echo "                 what a message costs there and in this tree: writes docs/bench-revisions.md"
+	@echo "make bench-revisions BEFORE=HEAD~5"
+	@echo "                 what a message costs there and in AFTER=HEAD: writes docs/bench-revisions.md"
 	@echo "make extents     how long the module looks for free pages in pools of up to 4 GiB, in a guest"
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make soak        all transports at once for ten minutes, with kills; ARGS='--minutes 60'"
@@ -71,7 +72,7 @@ bench-pool: setup
 bench-revisions: setup
 	@sh tools/install-bench-packages.sh
 	@sh tools/install-kernel-packages.sh
-	$(BIN)/python -m bench.revisions $(ARGS) $(REVISION) docs/bench-revisions.md
+	$(BIN)/python -m bench.revisions $(ARGS) $(BEFORE) $(AFTER) docs/bench-revisions.md
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -94,7 +95,11 @@ test-kernel: setup
 
 test-kernel-sanitized: setup
 	@sh tools/install-kernel-packages.sh
-	set -e; for checker in $(CHECKERS); do sh tools/kernel-sanitized.sh $$checker; done
+	set -e; for checker in $(CHECKERS); do sh tools/kernel-sanitized.sh $$checker --build-only; done
+	@echo "the guests write to build/guest-*.output: one with each of $(CHECKERS)"
+	@echo $(CHECKERS) | xargs -n 1 -P "$$(nproc)" sh -c \
+		'sh tools/kernel-sanitized.sh $$0 </dev/null >build/guest-$$0.output 2>&1'; status=$$?; \
+	for checker in $(CHECKERS); do cat build/guest-$$checker.output; done; exit $$status
 
 kernel-plants: setup
 	@sh tools/install-kernel-packages.sh

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What a message costs before and after a change: two revisions of kucomms, in turns.
 
-The earlier revision is checked out and built below ``build/revisions/``. Each round measures it,
-this tree, and the earlier revision once more; the order changes from round to round. The ratio of
-the two measurements of the earlier revision is the noise: a difference within it means nothing::
+Both are cloned and built below ``build/revisions/``. Each round measures the earlier one, the later
+one, and the earlier one once more; the order changes from round to round. The ratio of the two
+measurements of the earlier one is the noise: a difference within it means nothing::
 
-    python -m bench.revisions v0.1.0 docs/bench-revisions.md
+    python -m bench.revisions HEAD~5 HEAD docs/bench-revisions.md
 
 It measures the C core (``bench/core``), ``send_nowait`` and ``loan`` of Python, and
 ``kucomms_send()`` and ``kucomms_reserve()`` of the kernel module (``bench/kernel``, in a guest).
@@ -96,22 +96,17 @@ def _run(command, **options):
     return done.stdout
 
 
-def check_out(revision):
-    """The tree of a revision, with its C code built."""
-    number = _run(["git", "rev-parse", "--verify", f"{revision}^{{commit}}"], cwd=ROOT).strip()
-    tree = BUILD / number[:12]
+def check_out(number):
+    """The tree of a commit, with its C code built."""
+    tree = BUILD / number
     if not tree.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         # A clone and no worktree: nothing of it stays in .git/ when build/ is removed.
         _run(["git", "clone", "--quiet", "--no-checkout", ROOT, tree])
         _run(["git", "-C", tree, "checkout", "--quiet", number])
-    return tree
-
-
-def build(tree):
-    """Build the C code of a tree in place."""
     _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=tree)
     _run(["make", "-C", "bench/core", "HAVE_CK="], cwd=tree)
+    return tree
 
 
 def measure_core(tree):
@@ -182,7 +177,7 @@ def page(found, numbers):
     )
     yield ""
     yield "```sh"
-    yield f"make bench-revisions REVISION={numbers[0]}"
+    yield f"make bench-revisions BEFORE={numbers[0]} AFTER={numbers[1]}"
     yield "```"
     yield ""
     rows = [
@@ -194,36 +189,38 @@ def page(found, numbers):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("revision", required=False)
+@click.argument("before", required=False)
+@click.argument("after", default="HEAD")
 @click.argument("target", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
 @click.option("--kernel-rounds", type=click.IntRange(0), default=3, show_default=True,
               help="Each boots three guests.")
 @click.option("--json", "as_json", is_flag=True, help="All values on stdout; the rest on stderr.")
 @click.option("--side", type=click.Path(path_type=Path), hidden=True)
-def main(revision, target, rounds, kernel_rounds, as_json, side):
-    r"""Measure what a message costs in REVISION and in this tree; write the page TARGET.
+def main(before, after, target, rounds, kernel_rounds, as_json, side):
+    r"""Measure what a message costs in the revisions BEFORE and AFTER; write the page TARGET.
 
     \b
     Example:
-        python -m bench.revisions v0.1.0 build/revisions.md --kernel-rounds 0
+        python -m bench.revisions HEAD~5 HEAD build/revisions.md --kernel-rounds 0
     """
     if side:
         print(json.dumps(asyncio.run(_python_side(side))))
         return
-    if revision is None:
-        raise click.UsageError("which REVISION? See --help.")
-    before = check_out(revision)
-    trees = {BEFORE: before, AFTER: ROOT, AGAIN: before}
-    for tree in (before, ROOT):
-        build(tree)
+    if before is None:
+        raise click.UsageError("which revisions? See --help.")
+    numbers = [
+        _run(["git", "rev-parse", "--verify", "--short=12", f"{name}^{{commit}}"], cwd=ROOT).strip()
+        for name in (before, after)
+    ]
     try:
+        earlier, later = map(check_out, numbers)
+        trees = {BEFORE: earlier, AFTER: later, AGAIN: earlier}
         found = measure(trees, rounds, kernel_rounds, lambda text: click.echo(text, err=as_json))
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(130)
-    this = _run(["git", "describe", "--always", "--dirty"], cwd=ROOT).strip()
-    text = "\n".join(page(found, (revision, this))) + "\n"
+    text = "\n".join(page(found, numbers)) + "\n"
     if target:
         target.write_text(text)
     if as_json:

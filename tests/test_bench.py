@@ -66,3 +66,22 @@ def test_the_bench_of_pools_writes_its_page_and_keeps_the_notes(tmp_path):
         assert re.search(outcome, text)
     assert "old" not in text
     assert text.endswith("<!-- notes -->\nwhat somebody wrote\n")
+
+
+def test_the_bench_of_revisions_tells_the_noise(tmp_path):
+    page = tmp_path / "page.md"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.revisions", "HEAD", "HEAD", page, "--rounds", "2",
+         "--kernel-rounds", "0", "--json"],
+        cwd=ROOT, check=False, capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    row = r"^\| (.+?) \| \S+ \| \S+ \| \d+\.\d\d \| \S+ to \S+ \|$"
+    rows = re.findall(row, page.read_text(), re.MULTILINE)
+    assert rows == list(values)
+    assert {row.split(":")[0] for row in rows} == {"C", "Python"}
+    for of_a_tree in values.values():
+        assert {name: len(found) for name, found in of_a_tree.items()} == {
+            "before": 2, "after": 2, "before, again": 2
+        }
