@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -371,9 +371,14 @@ def names(_context: click.Context, _option: click.Parameter, given: tuple[str, .
 @click.command(help=__doc__)
 @click.option("--only", "plants", multiple=True, callback=names, help="These alone.")
 @click.option("--list", "only_list", is_flag=True, help="Say which there are, and end.")
+@click.option("--kernel", help="This one for each: 6.1, 6.12, kasan, kcsan, rt.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Guests at a time.  [default: 1]")
 @click.option("--json", "as_json", is_flag=True, help="The result on stdout.")
-def main(plants: list[Plant], only_list: bool, jobs: int, as_json: bool) -> None:
+def main(
+    plants: list[Plant], only_list: bool, kernel: str | None, jobs: int, as_json: bool
+) -> None:
+    if kernel is not None:
+        plants = [replace(plant, kernel=kernel) for plant in plants]
     found = {} if only_list else find_all(plants, jobs)
     table = Table("planted in", "bug", "kernel", "found by", "")
     results = []
