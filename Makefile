@@ -11,7 +11,7 @@ RUNS ?= 20
 AFTER ?= HEAD
 CHECKERS ?= kasan kcsan rt
 
-.PHONY: help setup demo bench bench-pool bench-revisions bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel extents matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
+.PHONY: help setup demo bench bench-pool bench-compare bench-user test test-kernel test-kernel-sanitized kernel-plants bench-kernel extents matrix soak soak-kernel lint lint-kernel clean fuzz fuzz-coverage stress faults
 
 help:
 	@echo "make demo        the longtest between two processes over shared memory, live"
@@ -27,8 +27,8 @@ help:
 	@echo "make bench-kernel"
 	@echo "                 kernel and user by kucomms, netlink, BPF rings and others, in a guest"
 	@echo "make bench-pool  pools beside threads, and asyncio's: writes docs/bench-pool.md"
-	@echo "make bench-revisions BEFORE=HEAD~5"
-	@echo "                 what a message costs there and in AFTER=HEAD: writes docs/bench-revisions.md"
+	@echo "make bench-compare BASE=HEAD~5"
+	@echo "                 what a message costs there and in AFTER=HEAD: writes docs/bench-compare.md"
 	@echo "make extents     how long the module looks for free pages in pools of up to 4 GiB, in a guest"
 	@echo "make matrix      the conformance matrix RUNS=$(RUNS) times in a row, quiet and busy"
 	@echo "make soak        all transports at once for ten minutes, with kills; ARGS='--minutes 60'"
@@ -69,10 +69,10 @@ bench-user: $(BENCH_STAMP)
 bench-pool: setup
 	$(BIN)/python -m bench.pool $(ARGS) docs/bench-pool.md
 
-bench-revisions: setup
+bench-compare: setup
 	@sh tools/install-bench-packages.sh
 	@sh tools/install-kernel-packages.sh
-	$(BIN)/python -m bench.revisions $(ARGS) $(BEFORE) $(AFTER) docs/bench-revisions.md
+	$(BIN)/python -m bench.compare $(ARGS) $(BASE) $(AFTER) docs/bench-compare.md
 
 demo: setup
 	$(BIN)/python examples/demo.py

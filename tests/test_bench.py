@@ -68,10 +68,10 @@ def test_the_bench_of_pools_writes_its_page_and_keeps_the_notes(tmp_path):
     assert text.endswith("<!-- notes -->\nwhat somebody wrote\n")
 
 
-def test_the_bench_of_revisions_tells_the_noise(tmp_path):
+def test_the_comparison_of_two_commits_tells_the_noise(tmp_path):
     page = tmp_path / "page.md"
     done = subprocess.run(
-        [sys.executable, "-m", "bench.revisions", "HEAD", "HEAD", page, "--rounds", "2",
+        [sys.executable, "-m", "bench.compare", "HEAD", "HEAD", page, "--rounds", "2",
          "--kernel-rounds", "0", "--json"],
         cwd=ROOT, check=False, capture_output=True, text=True, timeout=300,
     )

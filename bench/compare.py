@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What a message costs before and after a change: two revisions of kucomms, in turns.
 
-Both are cloned and built below ``build/revisions/``. Each round measures the earlier one, the later
+Both are cloned and built below ``build/compare/``. Each round measures the earlier one, the later
 one, and the earlier one once more; the order changes from round to round. The ratio of the two
 measurements of the earlier one is the noise: a difference within it means nothing::
 
-    python -m bench.revisions HEAD~5 HEAD docs/bench-revisions.md
+    python -m bench.compare HEAD~5 HEAD docs/bench-compare.md
 
 It measures the C core (``bench/core``), ``send_nowait`` and ``loan`` of Python, and
 ``kucomms_send()`` and ``kucomms_reserve()`` of the kernel module (``bench/kernel``, in a guest).
@@ -27,7 +27,7 @@ import click
 from bench.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "revisions"
+BUILD = ROOT / "build" / "compare"
 BEFORE, AFTER, AGAIN = "before", "after", "before, again"
 TREES = (BEFORE, AFTER, AGAIN)
 CORE = (
@@ -73,7 +73,7 @@ async def _python_side(tree):
     import kucomms
 
     assert Path(kucomms.__file__).is_relative_to(tree), kucomms.__file__
-    url = f"shm://bench_revisions_{os.getpid()}"
+    url = f"shm://bench_compare_{os.getpid()}"
     linked = asyncio.get_running_loop().create_future()
     async with kucomms.Endpoint("receiver") as endpoint:
         endpoint.on_link_open(linked.set_result)
@@ -177,7 +177,7 @@ def page(found, numbers):
     )
     yield ""
     yield "```sh"
-    yield f"make bench-revisions BEFORE={numbers[0]} AFTER={numbers[1]}"
+    yield f"make bench-compare BASE={numbers[0]} AFTER={numbers[1]}"
     yield "```"
     yield ""
     rows = [
@@ -202,7 +202,7 @@ def main(before, after, target, rounds, kernel_rounds, as_json, side):
 
     \b
     Example:
-        python -m bench.revisions HEAD~5 HEAD build/revisions.md --kernel-rounds 0
+        python -m bench.compare HEAD~5 HEAD build/compare.md --kernel-rounds 0
     """
     if side:
         print(json.dumps(asyncio.run(_python_side(side))))
@@ -230,4 +230,4 @@ def main(before, after, target, rounds, kernel_rounds, as_json, side):
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m bench.revisions")
+    main(prog_name="python -m bench.compare")
