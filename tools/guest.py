@@ -52,6 +52,7 @@ DEFAULT_COMMAND = ("python", "-m", "pytest", "--durations=15", "tests/kernel")
 # The host's file system once more, with a cache: what programs are started from does not change
 # meanwhile, and without one each component of each path that Python tries is asked of the host.
 _CACHED = "kucomms_cached"
+_SHARED = "trans=virtio,version=9p2000.L,access=any,msize=524288,cache=loose"
 _STARTED_FROM = (
     *(Path(sys.base_prefix), Path(sys.prefix), *(ROOT / name for name in ("kucomms", "tests"))),
     *(Path("/usr", name) for name in ("bin", "include", "lib/gcc", "lib/x86_64-linux-gnu")),
@@ -66,7 +67,10 @@ _WARNING = re.compile(r"\bwarning:|\berror:", re.IGNORECASE)
 _OTHER_COMPILER = "warning: the compiler differs from the one used to build the kernel"
 _PASSED_ON = re.compile(r"(CI|LANG|LC_.*|TERM|COLUMNS|PYTEST_ADDOPTS|KUCOMMS_.*|.*_COLORS?)$")
 # Everything reaches the serial console; an oops ends the guest; KASAN reports more than once.
+# The first is for kernels that mount their root themselves, as the sanitized ones do: with the
+# cache they start programs three times as fast.
 _BOOT_OPTIONS = (
+    f"rootflags={_SHARED}",
     *("ignore_loglevel", "printk.devkmsg=on", "log_buf_len=4M"),
     # What the module forgets to clear has to show.
     *("oops=panic", "kasan_multi_shot", "init_on_alloc=0"),
@@ -295,8 +299,7 @@ mount_missing tmpfs /tmp
 mount_missing debugfs /sys/kernel/debug
 mount_missing tracefs /sys/kernel/tracing
 mkdir -p {_SCRATCH} /run/{_CACHED}
-options=ro,trans=virtio,version=9p2000.L,access=any,msize=524288,cache=loose
-if mount -t 9p -o $options {_CACHED} /run/{_CACHED}; then
+if mount -t 9p -o ro,{_SHARED} {_CACHED} /run/{_CACHED}; then
 	for directory in {cached}; do mount --bind /run/{_CACHED}$directory $directory; done
 fi
 # A link to a build tree, from virtme-ng, or the host's directory below a writable overlay.
