@@ -358,6 +358,7 @@ def boot(
     # The guest has a /tmp of its own: a repository there has to be brought in whole.
     in_tmp = ROOT.is_relative_to("/tmp")  # noqa: S108
     command += ["--rwdir", str(ROOT if in_tmp else out)]
+    command += ["--rodir", f"/usr/lib/udev/rules.d={ROOT / 'tools/guest-udev'}"]
     command += [] if has_kvm() else ["--disable-kvm"]
     export = "readonly=on,security_model=none,multidevs=remap"
     command += [f"--qemu-opts=-virtfs local,path=/,mount_tag={_CACHED},{export}"]
