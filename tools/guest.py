@@ -71,6 +71,9 @@ _PASSED_ON = re.compile(r"(CI|LANG|LC_.*|TERM|COLUMNS|PYTEST_ADDOPTS|KUCOMMS_.*|
 # cache they start programs three times as fast.
 _BOOT_OPTIONS = (
     f"rootflags={_SHARED}",
+    # While the kernel identifies the processor, an interrupt does not see that there are five
+    # levels of page tables, and KASAN takes every address for a wild one.
+    "no5lvl",
     *("ignore_loglevel", "printk.devkmsg=on", "log_buf_len=4M"),
     # What the module forgets to clear has to show.
     *("oops=panic", "kasan_multi_shot", "init_on_alloc=0"),
