@@ -413,6 +413,12 @@ def test_a_channel_that_is_refused_leaves_no_buffer(limits):
 # ---- setting up without waiting --------------------------------------------------
 
 
+def in_set_up(thread):
+    """Whether it sleeps in an ioctl."""
+    call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text()
+    return call.startswith("16 ")
+
+
 NONBLOCKING = os.O_RDWR | os.O_NONBLOCK
 
 
@@ -445,7 +451,9 @@ def test_the_answer_is_waited_for_if_one_likes(limits):
         found = []
         waiter = threading.Thread(target=lambda: found.append(ask(fd)))
         waiter.start()
-        until(lambda: ask(fd) == errno.EALREADY, "the thread does not wait")
+        # Not before: who asks first is the one that waits.
+        until(lambda: in_set_up(waiter), "the thread does not wait")
+        assert ask(fd) == errno.EALREADY
         limits.open_gate()
         waiter.join()
         assert found == [0]
@@ -499,7 +507,7 @@ async def test_cancelled_in_python(limits):
         "the device stays open",
     )
     until(
-        lambda: all(map(_is_idle, set(threading.enumerate()) - before)),
+        lambda: not any(map(in_set_up, set(threading.enumerate()) - before)),
         "a thread stays in the set-up",
     )
     assert limits.get("opens") == 1
@@ -516,11 +524,6 @@ def _is_device(fd):
         return "kucomms_limits" in os.readlink(f"/proc/self/fd/{fd}")
     except FileNotFoundError:
         return False
-
-
-def _is_idle(thread):
-    call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text()
-    return not call.startswith("16 ")  # ioctl
 
 
 def test_a_program_ends_while_a_callback_blocks(limits):
