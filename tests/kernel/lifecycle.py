@@ -295,9 +295,13 @@ class Raw:
     def linked(cls, *, ring_size=PAGE, **how):
         """One that is set up and mapped."""
         self = cls(**how)
-        self.setup(ring_size=ring_size)
-        self.map(0)
-        self.map(1)
+        try:
+            self.setup(ring_size=ring_size)
+            self.map(0)
+            self.map(1)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __enter__(self):
