@@ -48,7 +48,7 @@ BURSTS = 400
 
 
 async def _bursts(link, other):
-    """Seconds of each burst, by what sent it."""
+    """{what sent the messages: nanoseconds for each, the median of all bursts}."""
     found = {"Python: `send_nowait()`, 64 B, ns": [], "Python: `loan()`, 64 B, ns": []}
     sending, lending = found.values()
     data = bytes(SIZE)

@@ -957,8 +957,8 @@ EXPORT_SYMBOL_GPL(kucomms_reply);
  * is fixed. The user sees nothing that comes after it before that. With turns it
  * takes the turn, and kucomms_discard() gives it back.
  *
- * Until it is committed or discarded, nobody else gets its bytes, whatever the
- * user says of what it has read.
+ * No other message gets its bytes before it is committed or discarded, even if
+ * the user claims to have read them.
  *
  * Any context but NMI. Return: the message, or an error pointer: as
  * kucomms_send(), and -ENOBUFS when too many are out.

@@ -185,7 +185,7 @@ def test_channels_of_a_user_and_of_all(limits):
 
 
 def test_channels_by_default(limits):
-    """256 of a user, and 1024 in all; who asks when there is none is told that there is none."""
+    """256 of a user, and 1024 in all; the fourth user meets both limits at once."""
     limits.load()
     with contextlib.ExitStack() as stack:
         users = []
@@ -451,7 +451,7 @@ def test_the_answer_is_waited_for_if_one_likes(limits):
         found = []
         waiter = threading.Thread(target=lambda: found.append(ask(fd)))
         waiter.start()
-        # Not before: who asks first is the one that waits.
+        # The first set-up is the one that waits, and that has to be the thread's.
         until(lambda: in_set_up(waiter), "the thread does not wait")
         assert ask(fd) == errno.EALREADY
         limits.open_gate()
